@@ -1,0 +1,48 @@
+"""The slot classes of a recipe, by kind. Nothing here imports torch."""
+
+from core.slots.autoencoder import Autoencoder, VideoVAE
+from core.slots.checkpoint import Checkpoint
+from core.slots.condition import Condition
+from core.slots.data import Data
+from core.slots.denoiser import Denoiser, LVDMShortUNet
+from core.slots.launch import Launch
+from core.slots.loop import Loop
+from core.slots.objective import Objective
+from core.slots.optim import EMA, AdamW, Optim, ParamGroup, Schedule
+from core.slots.parallel import Parallel
+from core.slots.recipe import RECIPES, Recipe, register
+from core.slots.slot import Slot, SlotError
+from core.slots.system import Autoencoding, Diffusion, System
+from core.slots.tracking import Tracking
+from core.slots.validation import DDIM, Sampler, Validation
+
+__all__ = [
+    "DDIM",
+    "EMA",
+    "RECIPES",
+    "AdamW",
+    "Autoencoder",
+    "Autoencoding",
+    "Checkpoint",
+    "Condition",
+    "Data",
+    "Denoiser",
+    "Diffusion",
+    "LVDMShortUNet",
+    "Launch",
+    "Loop",
+    "Objective",
+    "Optim",
+    "Parallel",
+    "ParamGroup",
+    "Recipe",
+    "Sampler",
+    "Schedule",
+    "Slot",
+    "SlotError",
+    "System",
+    "Tracking",
+    "Validation",
+    "VideoVAE",
+    "register",
+]

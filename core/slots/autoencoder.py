@@ -1,0 +1,54 @@
+"""Autoencoder slots: what maps videos to latents and back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from core.slots.slot import Slot
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class Autoencoder(Slot):
+    """Maps pixels (B, 3, T, H, W) to latents (B, C, T', H', W') and back."""
+
+    def build(self) -> nn.Module:
+        """The network with fresh weights, on torch's current default device."""
+        raise NotImplementedError
+
+
+class VideoVAE(Autoencoder):
+    """The 3D KL autoencoder of LVDM (arXiv 2211.13221): 4x in time, 8x8 in space, 4 latent channels."""
+
+    source: str = "hub: Yingqing/LVDM, file ae/ae_sky.ckpt"
+    n_hiddens: int = 32
+    """Width; the encoder ends at 8 times this."""
+    downsample: tuple[int, int, int] = (4, 8, 8)
+    """Factors in time, height and width (powers of two)."""
+    z_channels: int = 4
+    """Channels before the quantisation convolution."""
+    embed_dim: int = 4
+    """Channels of the latents."""
+    norm_num_groups: int = 32
+    """Groups of every group norm; must divide twice n_hiddens."""
+
+    def check(self) -> None:
+        super().check()
+        if any(f < 1 or f & (f - 1) for f in self.downsample):
+            self.refuse("downsample", "each factor must be a power of two")
+        if (2 * self.n_hiddens) % self.norm_num_groups:
+            self.refuse("norm_num_groups", f"must divide 2 * n_hiddens = {2 * self.n_hiddens}")
+
+    def build(self) -> nn.Module:
+        from core.models.video_vae import VideoAutoencoder
+
+        return VideoAutoencoder(
+            n_hiddens=self.n_hiddens,
+            downsample=self.downsample,
+            z_channels=self.z_channels,
+            embed_dim=self.embed_dim,
+            norm_num_groups=self.norm_num_groups,
+            scale_factor=1.0 if self.scale_factor is None else self.scale_factor,
+            shift_factor=0.0 if self.shift_factor is None else self.shift_factor,
+        )

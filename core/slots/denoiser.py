@@ -1,0 +1,69 @@
+"""Denoiser slots: the networks that are trained to take noise away."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from core.slots.slot import Slot
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class Denoiser(Slot):
+    """A network `denoiser(x_t, t, encoder_hidden_states)` over (B, C, T, H, W)."""
+
+    component: ClassVar[str] = "unet"
+    """Its name in checkpoints, and its folder in an export."""
+
+    in_channels: int = 4
+    """Channels of the noisy input."""
+
+    def build(self) -> nn.Module:
+        """The network with fresh weights, on torch's current default device."""
+        raise NotImplementedError
+
+
+class LVDMShortUNet(Denoiser):
+    """The unconditional UNet of LVDM (arXiv 2211.13221) with split space/time attention; no temporal convolution."""
+
+    out_channels: int = 4
+    """Channels of the prediction."""
+    model_channels: int = 256
+    """Width of the first level."""
+    channel_mult: tuple[int, ...] = (1, 2, 3, 4)
+    """Width of each level in model_channels; the first must be 1."""
+    num_res_blocks: int = 3
+    """Residual blocks of a level."""
+    attention_resolutions: tuple[int, ...] = (8, 4, 2)
+    """Downsampling factors at which there is attention (1: full size). The middle block always has it."""
+    num_heads: int = 4
+    """Attention heads; the head width follows from the channels."""
+    temporal_length: int = 4
+    """Distance in latent frames at which relative positions are clipped."""
+    use_relative_position: bool = True
+    """Learned relative positions in temporal attention (with the transposed key term of the published weights)."""
+    use_scale_shift_norm: bool = True
+    """The time embedding scales and shifts the norm, instead of being added."""
+    frame_positions: bool = False
+    """Sinusoidal frame positions in temporal attention. Off in the published weights."""
+    norm_num_groups: int = 32
+    """Groups of every group norm."""
+    dropout: float = 0.0
+    """Dropout of the residual blocks."""
+
+    def check(self) -> None:
+        if self.channel_mult[:1] != (1,):
+            self.refuse("channel_mult", "must start with 1: the output convolution takes model_channels")
+        if self.model_channels % self.norm_num_groups:
+            self.refuse("model_channels", f"must be a multiple of norm_num_groups = {self.norm_num_groups}")
+        if any((self.model_channels * m) % self.num_heads for m in self.channel_mult):
+            self.refuse("num_heads", "must divide the channels of every level")
+        if not 0.0 <= self.dropout < 1.0:
+            self.refuse("dropout", "must be in [0, 1)")
+
+    def build(self) -> nn.Module:
+        from core.models.lvdm_unet import LVDMUNet
+        from core.slots.slot import field_types
+
+        return LVDMUNet(**{name: getattr(self, name) for name in field_types(type(self))})

@@ -1,0 +1,68 @@
+"""The recipe: one experiment as a composition of slots, registered under a name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
+
+from core.slots.checkpoint import Checkpoint
+from core.slots.data import Data
+from core.slots.loop import Loop
+from core.slots.optim import Optim
+from core.slots.parallel import Parallel
+from core.slots.slot import Slot, field_types, unknown_field
+from core.slots.system import System
+from core.slots.tracking import Tracking
+from core.slots.validation import Validation
+
+RECIPES: dict[str, type[Recipe]] = {}
+"""Every registered recipe by name. Filled by `register`, read by the registry."""
+
+
+class Recipe(Slot):
+    """One experiment: everything that decides what is trained, and nothing about where."""
+
+    data: Data
+    system: System
+    optim: Optim
+    loop: Loop
+    parallel: Parallel = Parallel()
+    validation: Validation = Validation()
+    checkpoint: Checkpoint = Checkpoint()
+    tracking: Tracking = Tracking()
+
+    name: ClassVar[str] = ""
+    """Filled by `register`."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for field in field_types(cls):
+            if field not in field_types(Recipe):
+                raise unknown_field(Recipe, field)
+
+    @property
+    def validation_data(self) -> Data:
+        """The data of validation: its own, or the held-out part of the training data."""
+        return self.validation.data or self.data.held_out()
+
+
+R = TypeVar("R", bound=type[Recipe])
+
+
+def register(name: str) -> Callable[[R], R]:
+    """Class decorator that files a recipe under `name` (lower case, digits, dots and dashes)."""
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", name):
+        raise ValueError(f"recipe name {name!r}: lower-case letters, digits, dots and dashes only")
+
+    def enter(cls: R) -> R:
+        known = RECIPES.get(name, cls)
+        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"two recipes are called {name!r}: {known.__module__}.{known.__qualname__} and {cls.__module__}.{cls.__qualname__}")
+        if not (cls.__doc__ or "").strip():
+            raise ValueError(f"recipe {name!r} has no docstring: say what it trains, from which paper, and what it costs")
+        cls.name = name
+        RECIPES[name] = cls
+        return cls
+
+    return enter
