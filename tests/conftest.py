@@ -1,0 +1,57 @@
+"""Shared ground of the tests: a small sky on disk, a migrated MLflow store, two threads, no telemetry."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("DO_NOT_TRACK", "true")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_collection_modifyitems(config, items):
+    """`-m claims` runs the long ones; without it they are left out."""
+    if "claims" not in (config.getoption("-m") or ""):
+        keep, drop = [], []
+        for item in items:
+            (drop if item.get_closest_marker("claims") else keep).append(item)
+        if drop:
+            config.hook.pytest_deselected(items=drop)
+            items[:] = keep
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads():
+    import torch
+
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(scope="session")
+def sky(tmp_path_factory) -> Path:
+    """A small synthetic sky in the real layout: 6 training and 4 test videos of 20 frames at 64 x 64."""
+    from data.synthetic import write_sky
+
+    root = tmp_path_factory.mktemp("sky")
+    write_sky(root / "sky", train_videos=6, test_videos=4, clips_per_video=1, frames=20, size=64, seed=7)
+    return root / "sky"
+
+
+@pytest.fixture(scope="session")
+def _migrated_store(tmp_path_factory) -> Path:
+    """A sqlite store with MLflow's tables in it: making one takes seconds, copying it nothing."""
+    from mlflow import MlflowClient
+
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def store(_migrated_store, tmp_path) -> str:
+    """The URI of a fresh sqlite store."""
+    path = tmp_path / "mlflow.db"
+    shutil.copy(_migrated_store, path)
+    return f"sqlite:///{path}"

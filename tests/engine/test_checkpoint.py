@@ -1,0 +1,78 @@
+"""Checkpoints on disk."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from core import checkpoint
+from core.distributed import Ranks
+from core.ema import EMA
+from core.errors import UserError
+from core.slots import EMA as EMASlot
+
+HERE = Ranks(torch.device("cpu"), 0, 1, None)
+
+
+def trained(updates: int):
+    torch.manual_seed(updates)
+    modules = nn.ModuleDict({"unet": nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 2))})
+    optimizer = torch.optim.AdamW(modules.parameters(), lr=0.1)
+    ema = EMA(EMASlot(), modules)
+    for _ in range(updates):
+        modules["unet"](torch.randn(6, 4)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update()
+    return modules, optimizer, ema
+
+
+def numbers(step, modules, optimizer):
+    return {"step": step, "optimizer_steps": checkpoint.optimizer_steps(modules, optimizer)}
+
+
+def test_a_checkpoint_brings_back_every_bit(tmp_path):
+    modules, optimizer, ema = trained(3)
+    kept = {k: v.clone() for k, v in checkpoint.tensors(modules, optimizer, ema).items()}
+    path = checkpoint.save(tmp_path, checkpoint.tensors(modules, optimizer, ema), numbers(3, modules, optimizer), HERE, None)
+
+    other, other_optimizer, other_ema = trained(0)
+    checkpoint.materialise(other, other_optimizer, checkpoint.numbers_of(path)["optimizer_steps"])
+    state = checkpoint.tensors(other, other_optimizer, other_ema)
+    checkpoint.load(path, state, HERE)
+    assert state.keys() == kept.keys() and len(state) == 9 + 6 + 12
+    assert all(torch.equal(state[name], kept[name]) for name in kept)
+    assert checkpoint.optimizer_steps(other, other_optimizer) == checkpoint.optimizer_steps(modules, optimizer)
+
+
+def test_only_tensors_and_plain_json_are_written(tmp_path):
+    modules, optimizer, ema = trained(1)
+    path = checkpoint.save(tmp_path, checkpoint.tensors(modules, optimizer, ema), numbers(1, modules, optimizer), HERE, None)
+    assert {p.suffix for p in path.iterdir()} == {".safetensors", ".json"}
+
+
+def test_the_newest_are_kept_and_a_half_written_one_does_not_count(tmp_path):
+    modules, optimizer, ema = trained(1)
+    for step in (5, 10, 15):
+        checkpoint.save(tmp_path, checkpoint.tensors(modules, optimizer, ema), numbers(step, modules, optimizer), HERE, 2)
+    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["step-00000015", "step-00000010"]
+    (tmp_path / "step-00000020").mkdir()
+    (tmp_path / ".partial-step-00000025").mkdir()
+    assert checkpoint.newest(tmp_path).name == "step-00000015"
+    assert checkpoint.newest(tmp_path / "nowhere") is None
+
+
+def test_a_checkpoint_of_another_network_is_refused_by_name(tmp_path):
+    modules, optimizer, ema = trained(1)
+    path = checkpoint.save(tmp_path, checkpoint.tensors(modules, optimizer, ema), numbers(1, modules, optimizer), HERE, None)
+    other = nn.ModuleDict({"unet": nn.Sequential(nn.Linear(4, 7))})
+    with pytest.raises(UserError, match="does not fit this recipe"):
+        checkpoint.load(path, checkpoint.tensors(other, None, None), HERE)
+
+
+@pytest.mark.parametrize(("text", "says"), [("{", "cannot be read"), ("[]", "cannot be read"), (json.dumps({"format": 99}), "newer version")])
+def test_damaged_or_newer_numbers_are_refused(tmp_path, text, says):
+    (tmp_path / "state.json").write_text(text)
+    with pytest.raises(UserError, match=says):
+        checkpoint.numbers_of(tmp_path)
