@@ -16,6 +16,11 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
     return torch.autocast(device.type, dtype=DTYPES[precision])
 
 
+def no_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Where a frozen network computes in its own dtype, whatever is around it."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
 class Scaler:
     """Dynamic loss scale of fp16 (arXiv 1710.03740 §3.2); 1 and inert otherwise.
 

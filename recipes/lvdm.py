@@ -67,7 +67,7 @@ class LVDMShortSky(Recipe):
 
     Values of PaddleMIX's train_lvdm_short_sky.sh. Paper: FVD 95.2 (16 frames, 256 x 256); an independent run of the published
     weights gave 318.7. Weights: hub Yingqing/LVDM, lvdm_short/short_sky.ckpt and ae/ae_sky.ckpt.
-    Cost: 1.3 TFLOP a sample for the denoiser and its gradients and 0.2 for the encoder; the authors used 32 GPUs.
+    Cost: 1.08 TFLOP a sample for the denoiser and its gradients, 0.19 for the encoder; the authors' configuration is for 32 GPUs.
     """
 
     data: Data = SKY

@@ -13,6 +13,24 @@ if TYPE_CHECKING:
 class Autoencoder(Slot):
     """Maps pixels (B, 3, T, H, W) to latents (B, C, T', H', W') and back."""
 
+    component: ClassVar[str] = "vae"
+    """Its name in checkpoints, and its folder in an export."""
+
+    weights: str | None = None
+    """Trained weights: a folder, a checkpoint file, a hub id, run:<id> or shipped:<name>. Needed wherever it is frozen."""
+    source: str = ""
+    """Where weights for it were published; shown when they are missing."""
+    scale_factor: float | None = None
+    """Latents are scale * (z + shift). None: the constants stored with the weights."""
+    shift_factor: float | None = None
+    """See scale_factor."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """What it computes in where it is frozen."""
+
+    def check(self) -> None:
+        if (self.scale_factor is None) != (self.shift_factor is None):
+            self.refuse("scale_factor", "give scale_factor and shift_factor together, or neither")
+
     def build(self) -> nn.Module:
         """The network with fresh weights, on torch's current default device."""
         raise NotImplementedError

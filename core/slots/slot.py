@@ -50,7 +50,10 @@ class Slot:
                 raise SlotError(f"{type(self).__name__}.{name} = {value!r}: expected {error}") from None
             if fitted is not value:
                 object.__setattr__(self, name, fitted)
-        self.check()
+        try:
+            self.check()
+        except ArithmeticError as error:  # a zero that a check divides by
+            raise SlotError(f"{type(self).__name__}: {error}; one of its numbers must not be 0") from None
 
     def check(self) -> None:
         """What the types cannot say. Raises `SlotError`."""
@@ -64,7 +67,18 @@ class Slot:
         for name in changes:
             if name not in field_types(type(self)):
                 raise unknown_field(type(self), name)
-        return dataclasses.replace(self, **changes)
+        made = dataclasses.replace(self, **changes)  # type: ignore[type-var]  # every Slot is a dataclass
+        return named_like(self, made)
+
+
+S = typing.TypeVar("S", bound=Slot)
+
+
+def named_like(old: Slot, new: S) -> S:
+    """`new`, with the name of `old` where that has one of its own: a recipe read from a file that is no longer registered."""
+    if "name" in vars(old) and "name" not in field_types(type(old)):
+        object.__setattr__(new, "name", vars(old)["name"])
+    return new
 
 
 def unknown_field(cls: type[Slot], name: str) -> SlotError:
@@ -86,11 +100,15 @@ def _refuse_silent_overrides(cls: type) -> None:
         raise TypeError(f"{cls.__name__}.{name} has no type annotation, so it would be ignored: write `{name}: <type> = ...`{hint}")
 
 
-@functools.cache
+_FIELD_TYPES: dict[type, dict[str, Any]] = {}
+
+
 def field_types(cls: type[Slot]) -> dict[str, Any]:
-    """Field name → type, in order, with string annotations resolved."""
-    hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    """Field name → type, in order, with string annotations resolved. Kept a class: resolving takes longer than all the rest."""
+    if cls not in _FIELD_TYPES:
+        hints = typing.get_type_hints(cls)
+        _FIELD_TYPES[cls] = {field.name: hints[field.name] for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    return _FIELD_TYPES[cls]
 
 
 # ---------------------------------------------------------------------------------------------- values against types

@@ -38,6 +38,8 @@ class DDIM(Sampler):
         super().check()
         if not 0.0 <= self.eta <= 1.0:
             self.refuse("eta", "must be in [0, 1]")
+        if self.clip_x0 is not None and self.clip_x0 <= 0:
+            self.refuse("clip_x0", "must be positive, or None for no clamping")
 
     def build(self, objective: Objective) -> Any:
         from core.sampling import ddim
@@ -48,7 +50,8 @@ class DDIM(Sampler):
             beta_schedule=objective.beta_schedule,
             num_train_timesteps=objective.num_train_timesteps,
             prediction_type=objective.prediction_type,
-            clip_sample_range=self.clip_x0,
+            clip_sample=self.clip_x0 is not None,
+            clip_sample_range=self.clip_x0 or 1.0,
         )
 
 

@@ -1,0 +1,1 @@
+"""Ratios against the bare limit, measured in one run: `make bench`."""

@@ -1,0 +1,33 @@
+"""`python -m benchmarks [engine data start]`: one table of ratios, each against a limit measured in the same run."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+from benchmarks.measure import Row
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+
+def parts() -> dict[str, Callable[[], list[Row]]]:
+    """The parts of the table by name; each imports what it needs."""
+    from benchmarks import data, engine, start
+
+    return {"start": start.rows, "data": data.rows, "engine": engine.rows}
+
+
+def main(wanted: list[str]) -> None:
+    known = parts()
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise SystemExit(f"no benchmark {unknown[0]!r}; there are {', '.join(known)}")
+    print(f"{'what':<52}{'this':>12}{'limit':>12}{'ratio':>8}  {'goal':>6}")
+    for name in wanted or known:
+        for row in known[name]():
+            print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,126 @@
+"""What a run will be, before it has weights, data or a GPU: built on the meta device, counted, and printed as a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from core.build import parameter_groups
+from core.draw import Draw
+from core.precision import autocast
+from core.slots import Recipe
+from core.systems import System
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class ModuleRow:
+    """One module of the plan."""
+
+    name: str
+    kind: str
+    parameters: int
+    tensors: int
+    trained: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes of a run on one rank without sharding. Memory in bytes."""
+
+    modules: list[ModuleRow]
+    memory: dict[str, int]
+    steps: str
+    batch: str
+
+
+def plan(recipe: Recipe) -> Plan:
+    """Build `recipe` on the meta device and count: parameters, and memory of one rank with `micro_batch` samples."""
+    with torch.device("meta"):
+        system = recipe.system.build()
+    rows = [_row(name, module, True) for name, module in system.trained.items()]
+    rows += [_row(name, module, False) for name, module in system.frozen.items()]
+    return Plan(modules=rows, memory=_memory(recipe, system), steps=_steps(recipe), batch=_batch(recipe))
+
+
+def _row(name: str, module: nn.Module, trained: bool) -> ModuleRow:
+    tensors = list(module.parameters())
+    return ModuleRow(name, type(module).__name__, sum(p.numel() for p in tensors), len(tensors), trained)
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _memory(recipe: Recipe, system: System) -> dict[str, int]:
+    trained = list(system.trained.parameters())
+    frozen = [t for m in system.frozen.values() for t in m.parameters()]
+    weights = _bytes(trained)
+    parts = {"weights, trained": weights, "weights, frozen": _bytes(frozen), "gradients": weights}
+    parts["optimizer"] = _optimizer_bytes(recipe, system)
+    if recipe.optim.ema:
+        parts["average"] = weights
+    parts["activations"] = activation_bytes(recipe, system)
+    return parts
+
+
+def _optimizer_bytes(recipe: Recipe, system: System) -> int:
+    """Counted on the optimizer's own state after one update on the meta device."""
+    optimizer = recipe.optim.build(parameter_groups(system.trained, recipe.optim), fused=False)
+    for p in system.trained.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    state = [t for entry in optimizer.state.values() for t in entry.values() if isinstance(t, Tensor)]
+    optimizer.zero_grad(set_to_none=True)
+    return _bytes(state)
+
+
+def activation_bytes(recipe: Recipe, system: System) -> int:
+    """What autograd keeps for the backward pass of one micro-batch: every saved storage counted once, parameters left out."""
+    from core.build import prepare_blocks
+
+    micro = recipe.loop.micro_batch
+    prepare_blocks(system, recipe.loop.activation_checkpointing, compiled=False)
+    seen = {p.untyped_storage()._cdata for p in system.trained.parameters()}
+    kept: list[Tensor] = []
+    total = 0
+
+    def pack(tensor: Tensor) -> Tensor:
+        nonlocal total
+        storage = tensor.untyped_storage()
+        if storage._cdata not in seen:
+            seen.add(storage._cdata)
+            kept.append(tensor)  # keeps the address from being used again
+            total += storage.nbytes()
+        return tensor
+
+    batch = {"pixel_values": torch.empty(micro, 3, *recipe.data.clip_shape(), device="meta"), "id": [""] * micro, "place": list(range(micro))}
+    draw = Draw.training(0, 0, batch["place"], recipe.loop.global_batch, "meta")
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), autocast(recipe.loop.precision, torch.device("meta")):
+        system.loss(batch, draw)
+    return total
+
+
+def _steps(recipe: Recipe) -> str:
+    loop = recipe.loop
+    return f"{loop.max_steps:,} updates" if loop.max_steps else f"{loop.epochs:g} epochs (updates follow from the data)"
+
+
+def _batch(recipe: Recipe) -> str:
+    loop = recipe.loop
+    return f"{loop.global_batch} samples an update, micro-batches of {loop.micro_batch}, accumulation {loop.global_batch // loop.micro_batch} on one rank"
+
+
+def render(recipe: Recipe, planned: Plan) -> str:
+    """The plan as plain text."""
+    lines = [f"{recipe.name}: {planned.steps}, {planned.batch}", ""]
+    lines += [f"{'module':<12}{'class':<22}{'parameters':>16}{'tensors':>9}  "]
+    for row in planned.modules:
+        lines.append(f"{row.name:<12}{row.kind:<22}{row.parameters:>16,}{row.tensors:>9}  {'trained' if row.trained else 'frozen'}")
+    lines += ["", f"{'memory of one rank':<34}{'GiB':>16}"]
+    lines += [f"{name:<34}{size / GIB:>16.3f}" for name, size in planned.memory.items()]
+    lines += [f"{'sum':<34}{sum(planned.memory.values()) / GIB:>16.3f}"]
+    return "\n".join(lines)

@@ -1,0 +1,138 @@
+"""What a run tells: terminal, log, MLflow, samples and exports. Rank 0 writes; validation and sampling are done by all ranks."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from core.build import Built
+from core.distributed import Ranks, full
+from core.media import enlarged, sheet, tiled, to_uint8, write_gif, write_mp4
+from core.progress import Progress
+from core.slots import Launch, Recipe
+from core.systems import System
+from core.outputs import run_facts
+from core.tracking import Tracker, open_run
+from core.validate import evaluate, frechet, generate, reconstructions
+
+
+class Report:
+    """One object for everything that leaves the loop, so that the loop stays readable."""
+
+    def __init__(self, recipe: Recipe, built: Built, here: Ranks, tracker: Tracker | None, run_id: str) -> None:
+        self.recipe, self.here, self.tracker, self.run_id = recipe, here, tracker, run_id
+        self.folder = built.folder
+        self.bar = Progress(None, 0, 0)
+        self.now = 0
+
+    @classmethod
+    def open(cls, recipe: Recipe, launch: Launch, built: Built, here: Ranks, argv: Sequence[str]) -> Report:
+        """Open the MLflow run (rank 0), with all that is known before the first update."""
+        tracker = None
+        if here.first:
+            data = {"training": built.dataset.describe(), "validation": built.held_out.describe()}
+            facts = run_facts(built.folder) if built.checkpoint else {}
+            tracker = open_run(
+                recipe,
+                store=facts.get("store") or launch.store,
+                run_name=built.run_name,
+                output_dir=built.folder,
+                argv=argv,
+                data=data,
+                resume=facts.get("run_id"),
+            )
+        return cls(recipe, built, here, tracker, here.agree(tracker.run_id if tracker else ""))
+
+    def begin(self, step: int, total: int) -> None:
+        """The first lines: what runs, where, from which step."""
+        self.now = step
+        self.bar = Progress(self.folder / "run.log" if self.here.first else None, total, step)
+        trained = "resumed at" if step else "from"
+        self.bar.line(f"{self.recipe.name}: {trained} step {step} of {total}, {self.here.world} x {self.here.device.type}, output in {self.folder}")
+
+    def step(self, step: int) -> None:
+        """An update is done."""
+        self.now = step
+        self.bar.step(step)
+
+    def metrics(self, values: dict[str, float], step: int | None = None) -> None:
+        """Log numbers."""
+        if self.tracker is not None:
+            self.tracker.metrics(values, self.now if step is None else step)
+        if "loss" in values:
+            self.bar.metrics(self.now if step is None else step, values)
+
+    def skipped(self, new: list[tuple[str, str]]) -> None:
+        """Name the samples that could not be read."""
+        for name, reason in new:
+            self.bar.line(f"skipped {name}: {reason}")
+
+    def _averaged(self, built: Built) -> AbstractContextManager[None]:
+        return built.ema.applied() if built.ema else nullcontext()
+
+    def validate(self, system: System, built: Built) -> dict[str, float]:
+        """The held-out loss, under the averaged weights."""
+        system.mode(training=False)
+        with self._averaged(built):
+            values = evaluate(system, built.held_out, self.recipe, self.here)
+        system.mode(training=True)
+        self.metrics(values)
+        self.bar.line(f"step {self.now}  " + "  ".join(f"{k} {v:.4f}" for k, v in values.items()))
+        return values
+
+    def sample(self, system: System, built: Built, final: bool = False) -> dict[str, float]:
+        """Samples and reconstructions as files and in MLflow; at the end of the run the Fréchet distance too."""
+        slot = self.recipe.validation
+        count = max(slot.num_samples, slot.metric_clips if final else 0)
+        system.mode(training=False)
+        with self._averaged(built):
+            made = generate(system, self.recipe, slot.sampler, count, self.here) if count else None
+            rebuilt = reconstructions(system, built.held_out, self.recipe, self.here)
+        system.mode(training=True)
+        for name, clips in (("samples", made), ("reconstructions", rebuilt)):
+            if clips is not None and self.here.first:
+                self._show(name, clips if name == "reconstructions" else clips[: slot.num_samples])
+        if made is None or not final or not slot.metric_clips:
+            return {}
+        values = self.here.agree(frechet(made, built.dataset, built.held_out, self.recipe) if self.here.first else None)
+        self.metrics(values)
+        self.bar.line("  ".join(f"{k.removeprefix('val/')} {v:.3f}" for k, v in values.items()))
+        return dict(values)
+
+    def _show(self, name: str, clips: Tensor) -> None:
+        folder = self.folder / "samples" / f"step-{self.now:08d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        frames = to_uint8(clips)
+        page = sheet(frames)
+        page.save(folder / f"{name}.png")
+        moving = enlarged(tiled(frames))
+        write_mp4(folder / f"{name}.mp4", moving, self.recipe.validation.fps)
+        write_gif(folder / f"{name}.gif", moving, self.recipe.validation.fps)
+        if self.tracker is not None:
+            self.tracker.picture(page, name, self.now)
+            self.tracker.artifact(folder / f"{name}.mp4", f"samples/step-{self.now:08d}")
+
+    def export(self, system: System, built: Built) -> Path:
+        """The trained networks as diffusers folders, averaged where there is an average; a collective."""
+        folder = self.folder / "export"
+        with self._averaged(built):  # to the end of the writing: these are views of what is swapped back
+            weights = {name: {k: full(t.detach()) for k, t in m.state_dict().items()} for name, m in system.trained.items()}
+            if self.here.first:
+                system.export(folder, weights)
+        return folder
+
+    def close(self, status: str, error: BaseException | None = None) -> None:
+        """End the run as FINISHED, FAILED (with the traceback as an artifact) or KILLED."""
+        if error is not None and self.here.first:
+            self.bar.note("".join(traceback.format_exception(error)))
+        if self.tracker is not None:
+            self.bar.line(f"{status.lower()} at step {self.now}")
+        self.bar.close()
+        if self.tracker is not None:
+            self.tracker.artifact(self.folder / "run.log")
+            self.tracker.close(status)

@@ -1,0 +1,117 @@
+"""From noise to samples: one function over the schedulers of diffusers, and guidance.
+
+All randomness is handed in, by sample and by step, so that the same seed gives the same clip whatever it shares a batch
+with.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor
+
+from core.errors import UserError
+
+Denoise = Callable[[Tensor, Tensor], Tensor]
+"""(x_t (B, ...), t (B,) int64 or float) -> the model's output (B, ...)."""
+StepNoise = Callable[[int, Sequence[int]], Tensor]
+"""(index of the step, shape) -> standard normal noise."""
+
+
+def ddim(
+    beta_start: float,
+    beta_end: float,
+    beta_schedule: str = "scaled_linear",
+    num_train_timesteps: int = 1000,
+    *,
+    prediction_type: str = "epsilon",
+    clip_sample: bool = False,
+    clip_sample_range: float = 1.0,
+) -> DDIMScheduler:
+    """DDIM (arXiv 2010.02502) as LVDM runs it: timesteps 1 + k floor(T / S), and the last step goes to abar_0, not to
+    1.
+
+    `clip_sample` holds the predicted x_0 within +-clip_sample_range at every step; the published samples were made
+    without.
+    """
+    return DDIMScheduler(
+        num_train_timesteps=num_train_timesteps,
+        beta_start=beta_start,
+        beta_end=beta_end,
+        beta_schedule=beta_schedule,
+        prediction_type=prediction_type,
+        clip_sample=clip_sample,
+        clip_sample_range=clip_sample_range,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        timestep_spacing="leading",
+    )
+
+
+def guided(denoise_cond: Denoise, denoise_uncond: Denoise, scale: float) -> Denoise:
+    """Classifier-free guidance: u + scale * (c - u) (arXiv 2207.12598, equation 6, with scale = 1 + w)."""
+
+    def denoise(x_t: Tensor, t: Tensor) -> Tensor:
+        unconditional = denoise_uncond(x_t, t)
+        return unconditional + scale * (denoise_cond(x_t, t) - unconditional)
+
+    return denoise
+
+
+@torch.no_grad()
+def sample(
+    denoise: Denoise,
+    noise: Tensor,
+    scheduler: Any,
+    *,
+    num_inference_steps: int,
+    eta: float = 0.0,
+    step_noise: StepNoise | None = None,
+    guidance_scale: float = 1.0,
+    unconditional: Denoise | None = None,
+    on_step: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """Samples of the shape of `noise` (B, ...), float32, after `num_inference_steps` steps of a diffusers scheduler.
+
+    `eta` is DDIM's share of fresh noise (0 none, 1 as much as DDPM); step i adds `step_noise(i, shape)`, or noise from
+    torch's global generator if there is none. `unconditional` is needed where guidance_scale is not 1. `on_step(i, x)`
+    sees x after each step.
+    """
+    if guidance_scale != 1.0:
+        denoise = guided(denoise, _needed(unconditional, guidance_scale), guidance_scale)
+    takes = inspect.signature(scheduler.step).parameters
+    if eta and "eta" not in takes:
+        raise UserError(f"eta {eta}: {type(scheduler).__name__} has no eta; use DDIM, or eta 0")
+    # timesteps stay on the CPU: looking a schedule up with them waits for no device
+    scheduler.set_timesteps(_checked_steps(num_inference_steps, scheduler))
+    x = noise.float() * scheduler.init_noise_sigma
+    for i, t in enumerate(scheduler.timesteps):
+        extra: dict[str, Any] = {"eta": eta} if "eta" in takes else {}
+        if step_noise is not None and "variance_noise" in takes and (eta or "eta" not in takes):
+            extra["variance_noise"] = step_noise(i, x.shape).to(x)
+        output = denoise(scheduler.scale_model_input(x, t), t.to(x.device).expand(x.shape[0]))
+        x = scheduler.step(output.float(), t, x, **extra).prev_sample
+        if on_step is not None:
+            on_step(i, x)
+    return x
+
+
+def _needed(unconditional: Denoise | None, guidance_scale: float) -> Denoise:
+    if unconditional is None:
+        raise UserError(
+            f"guidance_scale {guidance_scale}: guidance needs an unconditional prediction; use 1.0 without one"
+        )
+    return unconditional
+
+
+def _checked_steps(steps: int, scheduler: Any) -> int:
+    """LVDM's timesteps start at 1, so that T steps would visit timestep T, which no network has seen."""
+    total = scheduler.config.num_train_timesteps
+    last = (steps - 1) * (total // steps) + scheduler.config.get("steps_offset", 0) if 0 < steps <= total else total
+    if last >= total:
+        raise UserError(f"num_inference_steps {steps}: expected 1 to {total}, without visiting timestep {total}")
+    return steps

@@ -1,0 +1,67 @@
+"""The interface between the loop and what is trained. The loop knows nothing of video or text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from core.draw import Draw
+from core.slots import Sampler
+from core.weights.folder import write_folder
+
+Batch = dict[str, Any]
+Logs = dict[str, Tensor]
+
+
+class System:
+    """What a recipe trains. Built with fresh weights on torch's current default device; `meta` works.
+
+    `trained` is all that optimizer, clipping, EMA, checkpoint and export see; `frozen` never gets a gradient.
+    """
+
+    trained: nn.ModuleDict
+    frozen: nn.ModuleDict
+    additive: ClassVar[bool] = True
+    """Whether the loss of a batch is the mean of the losses of its parts (False: no accumulation)."""
+
+    def blocks(self) -> list[nn.Module]:
+        """The units of activation checkpointing, compilation and sharding, each called once in a forward pass."""
+        raise NotImplementedError
+
+    def loss(self, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
+        """Mean loss over the micro-batch, with gradients, and further scalars. Nothing leaves the device."""
+        raise NotImplementedError
+
+    def evaluate(self, batch: Batch, draw: Draw) -> Logs:
+        """Per-sample numbers (B,), comparable between runs: `loss`, and what else the system can measure."""
+        raise NotImplementedError
+
+    def sample(self, prompts: Sequence[str], clip: tuple[int, int, int], sampler: Sampler, draw: Draw) -> Tensor | None:
+        """New clips (B, 3, T, H, W) in [-1, 1] of `clip` = (T, H, W); None where the system generates nothing."""
+        return None
+
+    def reconstruct(self, batch: Batch, draw: Draw) -> Tensor | None:
+        """The batch's clips through the autoencoder, (B, 3, T, H, W); None where there is none."""
+        return None
+
+    def export(self, folder: Path, weights: dict[str, dict[str, Tensor]]) -> None:
+        """Write diffusers-format folders. `weights` are full state dicts by the names of `trained`."""
+        for name, module in self.trained.items():
+            write_folder(module, folder / name, weights[name])
+        for name, module in self.frozen.items():
+            write_folder(module, folder / name, module.state_dict())
+
+    def to(self, device: torch.device) -> System:
+        """Move everything to `device`."""
+        self.trained.to(device)
+        self.frozen.to(device)
+        return self
+
+    def mode(self, training: bool) -> None:
+        """Train or eval mode of the trained networks; frozen ones are always in eval mode."""
+        self.trained.train(training)
+        self.frozen.eval()

@@ -1,0 +1,116 @@
+"""Diffusion: a denoiser trained in the latent space of a frozen autoencoder, or on pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from core.attention import set_attention
+from core.draw import Draw
+from core.objective import LOSSES, NoiseSchedule
+from core.precision import DTYPES, no_autocast
+from core.sampling import sample
+from core.slots import DDIM, Diffusion, Sampler
+from core.systems import Batch, Logs, System
+
+
+class DiffusionSystem(System):
+    """Noise is added to latents z' = scale (z + shift) of posterior samples z; the denoiser learns to take it away."""
+
+    def __init__(self, slot: Diffusion) -> None:
+        self.slot, objective = slot, slot.objective
+        self.trained = nn.ModuleDict({slot.denoiser.component: slot.denoiser.build()})
+        self.denoiser = self.trained[slot.denoiser.component]
+        self.frozen = nn.ModuleDict()
+        if slot.autoencoder is not None:
+            self.frozen[slot.autoencoder.component] = slot.autoencoder.build().requires_grad_(False).eval()
+            self.frozen.to(DTYPES[slot.autoencoder.dtype])
+        self.schedule = NoiseSchedule(
+            objective.beta_start, objective.beta_end, objective.beta_schedule, objective.num_train_timesteps
+        )
+        set_attention(self.denoiser, slot.attention)
+
+    @property
+    def autoencoder(self) -> nn.Module | None:
+        """The frozen autoencoder; None in pixel space."""
+        return next(iter(self.frozen.values()), None)
+
+    def blocks(self) -> list[nn.Module]:
+        return self.denoiser.blocks()  # type: ignore[operator, no-any-return]
+
+    @torch.no_grad()
+    def latents(self, video: Tensor, draw: Draw) -> Tensor:
+        """Pixels (B, 3, T, H, W) → latents (B, C, T', H', W') in fp32, a sample of the posterior; pixels where there is no autoencoder."""
+        vae = self.autoencoder
+        if vae is None:
+            return video
+        with no_autocast(video.device):
+            posterior = vae.encode(video.to(_dtype(vae)))  # type: ignore[operator]
+            z = posterior.sample(draw.noise(posterior.mean.shape[1:], "posterior").to(posterior.mean.dtype))
+            return vae.to_latents(z).float()  # type: ignore[operator, no-any-return]
+
+    @torch.no_grad()
+    def pixels(self, latents: Tensor) -> Tensor:
+        """The inverse of `latents`: clips (B, 3, T, H, W) in [-1, 1], in fp32."""
+        vae = self.autoencoder
+        if vae is None:
+            return latents.clamp(-1, 1)
+        with no_autocast(latents.device):
+            z = vae.from_latents(latents).to(_dtype(vae))  # type: ignore[operator]
+            # one clip at a time: decoding is the peak of memory, and a batch of clips is no faster
+            return torch.cat([vae.decode(one) for one in z.split(1)]).float().clamp(-1, 1)  # type: ignore[operator]
+
+    def _losses(self, batch: Batch, t: Tensor, draw: Draw) -> Tensor:
+        """Loss of each sample (B,) at timesteps t."""
+        objective = self.slot.objective
+        x0 = self.latents(batch["pixel_values"], draw)
+        noise = draw.noise(x0.shape[1:])
+        x_t = self.schedule.add_noise(x0, noise, t)
+        output = self.denoiser(x_t, t).float()
+        target = self.schedule.target(x0, noise, t, objective.prediction_type)
+        losses = LOSSES[objective.loss](output, target)
+        if objective.snr_gamma is not None:
+            losses = losses * self.schedule.min_snr_weight(t, objective.prediction_type, objective.snr_gamma)
+        return losses
+
+    def loss(self, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
+        t = draw.integers(self.slot.objective.num_train_timesteps, "timesteps")
+        return self._losses(batch, t, draw).mean(), {}
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch, draw: Draw) -> Logs:
+        t = (draw.quantiles() * self.slot.objective.num_train_timesteps).long()
+        return {"loss": self._losses(batch, t, draw)}
+
+    @torch.no_grad()
+    def sample(self, prompts: Sequence[str], clip: tuple[int, int, int], sampler: Sampler, draw: Draw) -> Tensor:
+        shape = (self.slot.denoiser.in_channels, *self._latent_size(clip))
+        latents = sample(
+            lambda x_t, t: self.denoiser(x_t, t).float(),
+            draw.noise(shape, "initial"),
+            sampler.build(self.slot.objective),
+            num_inference_steps=sampler.num_inference_steps,
+            eta=sampler.eta if isinstance(sampler, DDIM) else 0.0,
+            step_noise=lambda i, shape: draw.noise(shape[1:], f"step {i}"),
+        )
+        return self.pixels(latents)
+
+    def _latent_size(self, clip: tuple[int, int, int]) -> tuple[int, int, int]:
+        """Pixel (T, H, W) → latent (T', H', W'), by the autoencoder's own factors."""
+        vae = self.autoencoder
+        return clip if vae is None else vae.latent_shape(*clip)[1:]  # type: ignore[operator, no-any-return]
+
+    @torch.no_grad()
+    def reconstruct(self, batch: Batch, draw: Draw) -> Tensor | None:
+        return None if self.autoencoder is None else self.pixels(self.latents(batch["pixel_values"], draw))
+
+    def export(self, folder: Path, weights: dict[str, dict[str, Tensor]]) -> None:
+        super().export(folder, weights)
+        DDIM().build(self.slot.objective).save_pretrained(folder / "scheduler")
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    return next(module.parameters()).dtype

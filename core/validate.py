@@ -1,0 +1,99 @@
+"""Validation: the held-out loss and samples, comparable between runs. Every function is a collective over all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core.distributed import Ranks
+from core.draw import Draw
+from core.loader import batches, to_device
+from core.metrics import frechet_report
+from core.positions import Key
+from core.precision import autocast
+from core.slots import Recipe, Sampler
+from core.systems import System
+
+SEED = 0
+"""Validation does not depend on the seed of the run: two runs see the same clips, noise and timesteps."""
+
+
+def fixed_keys(dataset: Any, count: int) -> list[Key]:
+    """The first `count` samples of the dataset's fixed order (all of them when there are fewer)."""
+    order = dataset.order(SEED, 0)[:count]
+    return [Key(SEED, 0, int(index), place) for place, index in enumerate(order)]
+
+
+def shares(keys: Sequence[Key], ranks: Ranks, batch_size: int) -> list[list[Key]]:
+    """This rank's batches: every rank has the same number of them, of the same size; short ones are filled with place -1."""
+    dummy = keys[0]._replace(place=-1)
+    per_round = batch_size * ranks.world
+    rounds = -(-len(keys) // per_round)
+    padded = [*keys, *[dummy] * (rounds * per_round - len(keys))]
+    starts = (r * per_round + ranks.rank * batch_size for r in range(rounds))
+    return [padded[start : start + batch_size] for start in starts]
+
+
+@torch.no_grad()
+def evaluate(system: System, dataset: Any, recipe: Recipe, ranks: Ranks) -> dict[str, float]:
+    """Mean of every number that the system measures over the fixed validation samples, by `val/<name>`."""
+    slot = recipe.validation
+    keys = fixed_keys(dataset, slot.batch_size * slot.num_batches)
+    sums: dict[str, Tensor] = {}
+    for batch in batches(dataset, shares(keys, ranks, slot.batch_size), workers=recipe.loop.num_workers, pin=False):
+        batch = to_device(batch, ranks.device)
+        places = batch["place"]
+        real = torch.tensor([p >= 0 for p in places], device=ranks.device)
+        draw = Draw.fixed("evaluate", batch["id"], [max(p, 0) for p in places], len(keys), ranks.device)
+        with autocast(recipe.loop.precision, ranks.device):
+            measured = system.evaluate(batch, draw)
+        for name, values in measured.items():
+            sums[name] = sums.get(name, torch.zeros((), device=ranks.device)) + values.float()[real].sum()
+    total = ranks.sum(torch.stack(list(sums.values())))
+    return {f"val/{name}": value for name, value in zip(sums, (total / len(keys)).tolist(), strict=True)}
+
+
+@torch.no_grad()
+def generate(
+    system: System, recipe: Recipe, sampler: Sampler, count: int, ranks: Ranks, seed: int = SEED
+) -> Tensor | None:
+    """`count` clips (count, 3, T, H, W) on the CPU, the same whatever the ranks; None where the system generates nothing."""
+    keys = [Key(seed, 0, i, i) for i in range(count)]
+    clips: list[Tensor] = []
+    for part in shares(keys, ranks, recipe.validation.batch_size):
+        draw = Draw.fixed(f"sample {seed}", [key.index for key in part], [max(k.place, 0) for k in part], count, ranks.device)
+        with autocast(recipe.loop.precision, ranks.device):
+            made = system.sample([""] * len(part), recipe.data.clip_shape(), sampler, draw)
+        if made is None:
+            return None
+        clips += [rank_clips.cpu() for rank_clips in ranks.gather(made)]
+    return torch.cat(clips)[:count]
+
+
+def real_clips(dataset: Any, count: int, workers: int = 0) -> Tensor:
+    """The first `count` clips of a dataset's fixed order, (count, 3, T, H, W) on the CPU."""
+    keys = fixed_keys(dataset, count)
+    parts = [keys[i : i + 8] for i in range(0, len(keys), 8)]
+    return torch.cat([batch["pixel_values"] for batch in batches(dataset, parts, workers=workers, pin=False)])
+
+
+@torch.no_grad()
+def reconstructions(system: System, dataset: Any, recipe: Recipe, ranks: Ranks) -> Tensor | None:
+    """Held-out clips above their reconstructions, (2n, 3, T, H, W) on the CPU; None where there is no autoencoder."""
+    keys = fixed_keys(dataset, max(1, min(recipe.validation.num_samples, recipe.validation.batch_size)))
+    batch = to_device(next(batches(dataset, [keys], workers=0, pin=False)), ranks.device)
+    draw = Draw.fixed("reconstruct", batch["id"], batch["place"], len(keys), ranks.device)
+    with autocast(recipe.loop.precision, ranks.device):
+        made = system.reconstruct(batch, draw)
+    return None if made is None else torch.stack([batch["pixel_values"], made], 1).flatten(0, 1).cpu()
+
+
+def frechet(generated: Tensor, training: Any, held_out: Any, recipe: Recipe) -> dict[str, float]:
+    """The Fréchet distance of generated clips to held-out ones, beside its trivial baselines, by `val/frechet…`."""
+    count, workers = len(generated), recipe.loop.num_workers
+    report = frechet_report(generated, real_clips(held_out, count, workers), real_clips(training, count, workers))
+    return {f"val/{name}": value for name, value in report.items()}
+

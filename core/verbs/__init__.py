@@ -1,0 +1,1 @@
+"""One module a verb. They are handed recipes, flags and lookups, and import no registry."""

@@ -1,0 +1,94 @@
+"""Flags of the verbs, beside the recipe's and the launch's. Slots, so that they are typed, checked and in the help."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from core.slots.slot import Slot
+
+
+class VerbFlags(Slot):
+    """Flags of a verb that hands them on to one function."""
+
+    debug: bool = False
+    """Show tracebacks."""
+
+    def arguments(self) -> dict[str, Any]:
+        """The flags by name, for the function behind the verb."""
+        return {name: value for name, value in vars(self).items() if name != "debug"}
+
+
+class Length(Slot):
+    """Flag of `resume`, beside the launch's."""
+
+    max_steps: int | None = None
+    """Train up to this many updates in all. None: as long as the recipe says."""
+
+    def check(self) -> None:
+        if self.max_steps is not None and self.max_steps < 1:
+            self.refuse("max_steps", "must be positive")
+
+
+class SampleFlags(VerbFlags):
+    """Flags of `sample`."""
+
+    num: int = 4
+    """Clips to make."""
+    seed: int = 0
+    """Seed of the noise: the same seed gives the same clips."""
+    steps: int | None = None
+    """Denoising steps. None: as many as the recipe's validation uses."""
+    output_dir: Path | None = None
+    """Where the clips go. Default: samples/ in the run's own directory."""
+    raw: bool = False
+    """Use the weights as they are, not their moving average (EMA)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA where there is one."""
+    store: str | None = None
+    """MLflow tracking URI. Default: $MLFLOW_TRACKING_URI, else sqlite:///runs/mlflow.db."""
+
+    def check(self) -> None:
+        if self.num < 1:
+            self.refuse("num", "must be at least 1")
+        if self.seed < 0:
+            self.refuse("seed", "must not be negative")
+        if self.steps is not None and self.steps < 1:
+            self.refuse("steps", "must be at least 1")
+
+
+class MeasureFlags(VerbFlags):
+    """Flags of `measure-latents`, beside the recipe's."""
+
+    clips: int = 256
+    """Training clips to measure."""
+    weights: str | None = None
+    """Weights to measure instead of the recipe's, e.g. run:<id> of an autoencoder recipe."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA where there is one."""
+    write: bool = False
+    """Store the constants in the config.json beside the weights, where training finds them."""
+
+    def check(self) -> None:
+        if self.clips < 1:
+            self.refuse("clips", "must be at least 1")
+
+
+class StoreFlags(VerbFlags):
+    """Flags of verbs that only look into the store."""
+
+    store: str | None = None
+    """MLflow tracking URI. Default: $MLFLOW_TRACKING_URI, else sqlite:///runs/mlflow.db."""
+
+
+class UiFlags(StoreFlags):
+    """Flags of `ui`."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on. 0.0.0.0 opens it to the network, where anyone can read and delete runs."""
+    port: int = 5000
+    """Port to listen on."""
+
+    def check(self) -> None:
+        if not 0 < self.port < 65536:
+            self.refuse("port", "must be between 1 and 65535")

@@ -1,0 +1,110 @@
+"""What `--help` says of each verb: usage, what it does, an example line."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from core.slots.slot import Slot
+
+
+class Verb(NamedTuple):
+    """What the help says of a verb."""
+
+    usage: str
+    takes: str
+    """What it needs before its flags, for errors."""
+    about: str
+    example: str
+
+
+OVERRIDES = (
+    "Any field is a flag: --optim.lr 6e-5, or short --lr 6e-5. So is the class of a slot: --optim.ema=EMA,\n"
+    "--system.autoencoder=None."
+)
+A_RUN = "a run: its MLflow id or its output directory"
+
+VERBS = {
+    "list": Verb("[--json]", "nothing", "List all recipes.", "python -m registry list"),
+    "show": Verb(
+        "NAME [overrides] [--json]",
+        "the name of a recipe",
+        "Show a recipe with every field; --json: as the recipe.json of a run.\n"
+        f"{OVERRIDES}\n`show NAME --help` lists the flags of that recipe.",
+        "python -m registry show lvdm-short-sky --lr 6e-5",
+    ),
+    "diff": Verb(
+        "A B [--json] [--store URI]",
+        "two sides, each a recipe, a recipe in quotes with overrides, a recipe.json, an output directory or run:<id>",
+        "Show the fields that differ between two recipes. Exit code 0 when none does, 1 when some do.\n"
+        "A side is a name, a name with overrides in quotes, a recipe.json, the output directory of a run, or\n"
+        "run:<MLflow run id>.",
+        'python -m registry diff lvdm-short-sky "lvdm-short-sky --lr 6e-5"',
+    ),
+    "run": Verb(
+        "NAME [overrides] [launch flags]",
+        "the name of a recipe",
+        f"Train a recipe.\n{OVERRIDES}\n"
+        "`run NAME --help` lists the flags of that recipe; --dry-run prints what a run would be.",
+        "python -m registry run lvdm-short-sky-tiny --max-steps 200 --output-dir runs/first",
+    ),
+    "resume": Verb(
+        "RUN_OR_DIR [--max-steps N] [launch flags]",
+        A_RUN,
+        "Go on with a run that was stopped, from its newest checkpoint and with its own recipe.",
+        "python -m registry resume runs/first --max-steps 400",
+    ),
+    "sample": Verb(
+        "RUN_OR_DIR [--num N] [--seed S] [--steps K] [--output-dir D] [--raw]",
+        A_RUN,
+        "Make clips from the newest checkpoint of a run.\n"
+        "The averaged weights are used where there are some, unless --raw is given. Prints the folder.",
+        "python -m registry sample runs/first --num 8 --seed 1",
+    ),
+    "measure-latents": Verb(
+        "NAME [overrides] [--clips N] [--weights W] [--write]",
+        "the name of a recipe",
+        "Measure the scale and shift of an autoencoder's latents. With them they have mean 0 and deviation 1 on the\n"
+        "recipe's data.",
+        "python -m registry measure-latents lvdm-short-sky-tiny",
+    ),
+    "ui": Verb(
+        "[--host H] [--port P] [--store URI]",
+        "nothing",
+        "Open MLflow's web page over the store of the runs.",
+        "python -m registry ui",
+    ),
+}
+
+
+def overview() -> str:
+    """The help of the whole command."""
+    width = max(map(len, VERBS))
+    first = {name: verb.about.partition(".")[0].partition(";")[0] for name, verb in VERBS.items()}
+    verbs = "\n".join(f"  {name:<{width}}  {about}" for name, about in first.items())
+    return f"""\
+usage: python -m registry VERB …
+
+Video and image diffusion experiments, kept as code.
+
+verbs:
+{verbs}
+
+`python -m registry VERB --help` says more; --debug (or REGISTRY_DEBUG=1) shows tracebacks; --version.
+
+example:
+  python -m registry run lvdm-short-sky-tiny"""
+
+
+def print_verb(words: list[str], verb: str, *parts: Slot) -> int:
+    """Print the help of one verb, with the flags of `parts`; `words` may be a recipe's name and overrides."""
+    entry = VERBS[verb]
+    usage = entry.usage.replace("NAME", words[0]) if words else entry.usage
+    page = f"usage: python -m registry {verb} {usage}\n\n{entry.about}\n\nexample:\n  {entry.example}"
+    if parts:
+        from core.cli import print_help
+
+        print_help(words[1:], page, *parts)
+    else:
+        print(page)
+    return 0

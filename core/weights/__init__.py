@@ -1,0 +1,1 @@
+"""Importers of the weights that others published, under the names they used."""

@@ -1,0 +1,350 @@
+"""The registry: names to recipes, verbs to functions. `python -m registry --help` says what there is.
+
+From Python: `from registry import get, run, names, register, Recipe`.
+Nothing heavy is imported before it is needed: `list`, `show` and `diff` answer without torch, `--version` without a
+recipe.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
+    from core.slots import Recipe as Recipe
+    from core.slots import Slot
+    from core.slots import register as register
+
+__all__ = ["Recipe", "get", "main", "names", "register", "run"]
+__version__ = "0.1.0"
+
+PLUGINS = "video_registry.recipes"
+"""Entry-point group of other packages: each entry names a module, and importing it registers its recipes."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Recipe", "register"):
+        import core.slots
+
+        return getattr(core.slots, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+# ------------------------------------------------------------------------------------------------------------ recipes
+
+
+@functools.cache
+def _recipes() -> dict[str, type[Recipe]]:
+    """All recipes by name: this project's, then those of installed packages."""
+    from importlib.metadata import entry_points
+
+    from core.slots.recipe import RECIPES
+
+    _load_own()
+    for entry in entry_points(group=PLUGINS):
+        _load_plugin(entry, RECIPES)
+    return RECIPES
+
+
+def _load_own() -> None:
+    from core.errors import UserError
+
+    try:
+        import recipes  # noqa: F401
+    except Exception as error:  # whatever a recipe file does wrong is said in one line
+        raise UserError(f"the recipes cannot be loaded: {_place(error)}{type(error).__name__}: {error}") from error
+
+
+def _place(error: BaseException) -> str:
+    """`recipes/lvdm.py line 12: `, the last line of a recipe file that was being run."""
+    import traceback
+
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "recipes" in f.filename]
+    return f"{os.path.relpath(frames[-1].filename)} line {frames[-1].lineno}: " if frames else ""
+
+
+def _load_plugin(entry: EntryPoint, known: dict[str, type[Recipe]]) -> None:
+    """Import one package's recipes. One that fails is left out with a warning; a name that is taken is an error."""
+    import importlib
+
+    from core.errors import UserError
+
+    package = entry.dist.name if entry.dist else entry.module
+    before = dict(known)
+    try:
+        importlib.import_module(entry.module)
+    except (Exception, SystemExit) as error:  # a package that is not ours can raise anything
+        if str(error).startswith(("two recipes are called", "two slot classes are called")):
+            raise UserError(f"package {package!r}: {error}") from error
+        for name in known.keys() - before.keys():
+            del known[name]
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        left_out = f"warning: the recipes of package {package!r} are left out"
+        print(f"{left_out}: {entry.module} fails with {reason}", file=sys.stderr)
+
+
+def names() -> list[str]:
+    """Names of all recipes, a family together, full size before its twin."""
+    return list(_recipes())
+
+
+def _make(name: str) -> Recipe:
+    recipe: Any = _recipes()[name]
+    return recipe()
+
+
+def get(name: str, *flags: str) -> Recipe:
+    """The recipe called `name`, with overrides.
+
+    `get("lvdm-short-sky --lr 6e-5")` and `get("lvdm-short-sky", "--lr", "6e-5")` are the same. Raises UserError for
+    an unknown name, flag or value.
+    """
+    from core.errors import UserError, did_you_mean
+
+    try:
+        head, *inline = shlex.split(name) or [""]
+    except ValueError as error:
+        raise UserError(f"{name!r} cannot be read as a name and flags: {error}") from None
+    known = _recipes()
+    if head not in known:
+        raise UserError(f"no recipe is called {head!r}{did_you_mean(head, known)}; `python -m registry list` shows all")
+    recipe = _make(head)
+    if inline or flags:
+        from core.cli import parse
+
+        (recipe,) = parse([*inline, *flags], recipe)
+    return recipe
+
+
+def run(recipe: Recipe | str, **launch: Any) -> int:
+    """Train a recipe, or the one called so (overrides allowed). Keywords are the launch's: output_dir, nproc, …
+
+    Returns the exit code of the run (0: finished). Raises UserError, also for a recipe whose name is not registered.
+    """
+    from core.recipe_file import delta_flags
+    from core.slots.launch import Launch
+    from core.verbs.run import run as train
+
+    recipe = get(recipe) if isinstance(recipe, str) else recipe
+    where = Launch().but(**launch)
+    # The words are what each process of a run on several starts from, so they must say the same recipe.
+    words = [*delta_flags(recipe, get(recipe.name)), *delta_flags(where, Launch())]
+    return train(recipe, where, ["run", recipe.name, *words])
+
+
+# -------------------------------------------------------------------------------------------------------------- verbs
+
+
+def _take(words: list[str], flag: str) -> bool:
+    """Whether `flag` is among the words; it is taken out."""
+    found = flag in words
+    words[:] = [word for word in words if word != flag]
+    return found
+
+
+def _first(words: list[str], verb: str, count: int = 1) -> list[str]:
+    """The words that a verb needs before its flags."""
+    from core.errors import UserError
+    from core.verbs.help import VERBS
+
+    given = [word for word in words[:count] if not word.startswith("-")]
+    if len(given) < count:
+        raise UserError(f"{verb} needs {VERBS[verb].takes}, for example: {VERBS[verb].example}")
+    return given
+
+
+def _help(words: list[str], verb: str, *parts: Slot, named: bool = False) -> int:
+    """Print a verb's help; where it takes a recipe and one is `named`, with that recipe's flags."""
+    from core.verbs.help import print_verb
+
+    if named and not words[0].startswith("-"):
+        return print_verb(words, verb, get(words[0]), *parts)
+    return print_verb([], verb, *(() if named else parts))
+
+
+def _wants_help(words: list[str]) -> bool:
+    return "--help" in words or "-h" in words
+
+
+def _list(words: list[str]) -> int:
+    from core.verbs.list import print_list
+
+    if _wants_help(words):
+        return _help(words, "list")
+    as_json = _take(words, "--json")
+    if words:
+        from core.cli import parse
+
+        parse(words)
+    print_list(map(_make, names()), as_json)
+    return 0
+
+
+def _show(words: list[str]) -> int:
+    from core.verbs.show import print_recipe
+
+    if _wants_help(words):
+        return _help(words, "show", named=True)
+    as_json = _take(words, "--json")
+    (name,) = _first(words, "show")
+    print_recipe(get(name, *words[1:]), as_json)
+    return 0
+
+
+def _diff(words: list[str]) -> int:
+    from core.cli import parse
+    from core.verbs.diff import print_diff, side
+    from core.verbs.flags import StoreFlags
+
+    if _wants_help(words):
+        return _help(words, "diff", StoreFlags())
+    as_json = _take(words, "--json")
+    a, b = _first(words, "diff", 2)
+    (flags,) = parse(words[2:], StoreFlags())
+    known = names()
+    return print_diff(side(a, flags.store, known, get), side(b, flags.store, known, get), (a, b), as_json)
+
+
+def _run(words: list[str]) -> int:
+    from core.cli import parse
+    from core.slots.launch import Launch
+
+    if _wants_help(words):
+        return _help(words, "run", Launch(), named=True)
+    (name,) = _first(words, "run")
+    recipe, launch = parse(words[1:], get(name), Launch())
+    from core.verbs.run import run as train
+
+    return train(recipe, launch, ["run", *words])
+
+
+def _resume(words: list[str]) -> int:
+    from core.cli import parse
+    from core.errors import UserError
+    from core.slots.launch import Launch
+    from core.verbs.flags import Length
+
+    if _wants_help(words):
+        return _help(words, "resume", Length(), Launch())
+    (where,) = _first(words, "resume")
+    length, launch = parse(words[1:], Length(), Launch())
+    if launch.resume:
+        raise UserError("resume: the run is the first word here; leave out --resume")
+    _recipes()
+    from core.verbs.resume import resume
+
+    return resume(where, launch, length.max_steps, ["resume", *words])
+
+
+def _sample(words: list[str]) -> int:
+    from core.cli import parse
+    from core.verbs.flags import SampleFlags
+
+    if _wants_help(words):
+        return _help(words, "sample", SampleFlags())
+    (where,) = _first(words, "sample")
+    (flags,) = parse(words[1:], SampleFlags())
+    _recipes()
+    from core.verbs.sample import sample
+
+    print(sample(where, **flags.arguments()))
+    return 0
+
+
+def _measure(words: list[str]) -> int:
+    from core.cli import parse
+    from core.verbs.flags import MeasureFlags
+
+    if _wants_help(words):
+        return _help(words, "measure-latents", MeasureFlags(), named=True)
+    (name,) = _first(words, "measure-latents")
+    recipe, flags = parse(words[1:], get(name), MeasureFlags())
+    from core.verbs.measure import measure_latents
+
+    found = measure_latents(recipe, **flags.arguments())
+    print("\n".join(f"{field} {value!r}" for field, value in found.items()))
+    return 0
+
+
+def _ui(words: list[str]) -> int:
+    from core.cli import parse
+    from core.verbs.flags import UiFlags
+
+    if _wants_help(words):
+        return _help(words, "ui", UiFlags())
+    (flags,) = parse(words, UiFlags())
+    from core.verbs.ui import serve
+
+    return serve(flags)
+
+
+DO: dict[str, Callable[[list[str]], int]] = {
+    "list": _list,
+    "show": _show,
+    "diff": _diff,
+    "run": _run,
+    "resume": _resume,
+    "sample": _sample,
+    "measure-latents": _measure,
+    "ui": _ui,
+}
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        from core.verbs.help import overview
+
+        print(overview())
+        return 0
+    if words[0] not in DO:
+        from core.errors import UserError, did_you_mean
+
+        kind = "unknown flag" if words[0].startswith("-") else "unknown verb"
+        near = did_you_mean(words[0], [*DO, "--version", "--help"])
+        raise UserError(f"{kind} {words[0]!r}{near}; verbs: {', '.join(DO)}")
+    if words[0] in ("list", "show"):
+        _take(words, "--debug")
+    return DO[words[0]](words[1:])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit code: a mistake of the user's is one line on stderr and 2."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] in (["--version"], ["-V"]):
+        print(__version__)
+        return 0
+    from core.errors import UserError
+
+    debug = "--debug" in words or os.environ.get("REGISTRY_DEBUG", "") not in ("", "0")
+    try:
+        code = _dispatch(words[1:] + words[:1] if words[:1] == ["--debug"] else words)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head`: whoever read has seen enough; the interpreter must not flush into it once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        return 130
+    except UserError as error:
+        _tell(error, debug)
+        return 2
+    return code
+
+
+def _tell(error: Exception, debug: bool) -> None:
+    if debug:
+        import traceback
+
+        traceback.print_exception(error)
+    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    import registry  # packages with recipes import it by this name: one module, not two
+
+    sys.exit(registry.main())

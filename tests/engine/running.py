@@ -1,0 +1,56 @@
+"""Short real runs for the tests: the tiny twins, cut to a few updates on a small sky."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from core.slots import Launch, Recipe
+from core.train import Result, train
+from registry import get
+
+REPO = Path(__file__).parents[2]
+SHORT = (
+    "--max-steps 6 --global-batch 4 --batch-size 2 --loop.log-every 1 --num-workers 0 "
+    "--validation.every 0 --validation.sample-every 0 --validation.batch-size 2 --validation.num-batches 2 "
+    "--validation.num-samples 2 --validation.metric-clips 0 --validation.sampler.num-inference-steps 2 --checkpoint.every 0"
+)
+TWINS = ("lvdm-short-sky-tiny", "lvdm-video-vae-tiny")
+
+
+def flags(name: str, sky: Path, more: str = "") -> list[str]:
+    """The words after `run` for a short run; later flags win over those of SHORT."""
+    words: dict[str, str] = {}
+    pairs = f"{SHORT} --data-root {sky} {more}".split()
+    for flag, value in zip(pairs[::2], pairs[1::2], strict=True):
+        words[flag] = value
+    return [name, *(word for pair in words.items() for word in pair)]
+
+
+def short(name: str, sky: Path, more: str = "") -> Recipe:
+    """The recipe of a short run."""
+    head, *words = flags(name, sky, more)
+    return get(head, *words)
+
+
+def run_here(recipe: Recipe, out: Path, store: str, **launch) -> Result:
+    """Train in this process, on the CPU."""
+    return train(recipe, Launch(output_dir=out, store=store, device="cpu", **launch))
+
+
+def registry(*words: str, cwd: Path, env: dict[str, str] | None = None, timeout: float = 240, nproc: int = 0) -> subprocess.CompletedProcess:
+    """`python -m registry …` as a person runs it; with `nproc`, under torchrun."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"] if nproc else [sys.executable]
+    variables = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"} | (env or {})
+    return subprocess.run([*launcher, "-m", "registry", *words], cwd=cwd, env=variables, capture_output=True, text=True, timeout=timeout)
+
+
+def journal(out: Path) -> list[dict]:
+    """The metrics lines of a run."""
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(out: Path) -> dict[int, float]:
+    """Training loss by step."""
+    return {line["step"]: line["loss"] for line in journal(out) if "loss" in line}

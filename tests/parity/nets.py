@@ -1,0 +1,34 @@
+"""The networks here with the weights of a recorded run, through the importer."""
+
+import inspect
+
+import torch
+
+from core.models.lvdm_unet import LVDMUNet
+from core.models.video_vae import VideoAutoencoder
+from core.weights.lvdm import load_strict, original_state
+from tests.parity.recorded import Case
+
+
+def short_unet(case: Case) -> LVDMUNet:
+    known = inspect.signature(LVDMUNet.__init__).parameters
+    options = case.config["constructor"]
+    unet = LVDMUNet(**{name: value for name, value in options.items() if name in known}).eval()
+    load_strict(unet, original_state({f"model.diffusion_model.{k}": v for k, v in case.weights.items()}, "unet"))
+    return unet
+
+
+def video_vae(case: Case) -> VideoAutoencoder:
+    options = case.config["constructor"]["ddconfig"]["encoder"]["params"]
+    vae = VideoAutoencoder(
+        n_hiddens=options["n_hiddens"],
+        downsample=options["downsample"],
+        z_channels=options["z_channels"],
+        embed_dim=case.config["constructor"]["embed_dim"],
+        scale_factor=case.config["scale_factor"],
+        shift_factor=case.config["shift_factor"],
+    ).eval()
+    twice_named = case.weights | {alias: case.weights[name] for alias, name in case.config["aliases"].items()}
+    full = {f"first_stage_model.{k}": v for k, v in twice_named.items()} | {"betas": torch.zeros(3)}
+    load_strict(vae, original_state(full, "vae"))
+    return vae

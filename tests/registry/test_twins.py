@@ -1,0 +1,72 @@
+"""A tiny twin is its full-size recipe with other sizes, paths and schedule, and with what its docstring names; nothing else."""
+
+import fnmatch
+
+import pytest
+
+import registry
+from core.verbs.diff import differences
+from tests.golden_recipes import own_names
+
+SIZES = [
+    "data.resolution",
+    "data.num_frames",
+    "system.autoencoder.n_hiddens",
+    "system.autoencoder.norm_num_groups",
+    "system.denoiser.model_channels",
+    "system.denoiser.channel_mult",
+    "system.denoiser.num_res_blocks",
+    "system.denoiser.attention_resolutions",
+    "loop.global_batch",
+    "loop.micro_batch",
+    "validation.batch_size",
+    "validation.num_batches",
+    "validation.num_samples",
+    "validation.metric_clips",
+]
+PATHS = [
+    "data.root",
+    "system.autoencoder.weights",
+    "system.autoencoder.source",
+    "system.autoencoder.scale_factor",  # a constant of the weights
+    "system.autoencoder.shift_factor",
+]
+SCHEDULE = [
+    "optim.lr",
+    "optim.schedule.*",
+    "optim.max_grad_norm",
+    "optim.ema",
+    "optim.ema.*",
+    "loop.max_steps",
+    "loop.epochs",
+    "loop.log_every",
+    "validation.every",
+    "validation.sample_every",
+    "checkpoint.every",
+    "checkpoint.keep",
+]
+NAMED = {  # twin → field → the word of its docstring that names it
+    "lvdm-video-vae-tiny": {"system.kl_weight": "kl_weight", "data.spatial_transform": "crops"},
+    "lvdm-short-sky-tiny": {
+        "system.objective.prediction_type": "v-prediction",
+        "system.objective.loss": "MSE",
+        "validation.sampler.eta": "eta",
+    },
+}
+TWINS = [name for name in own_names() if name.endswith("-tiny")]
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_a_twin_differs_only_in_sizes_paths_schedule_and_what_its_docstring_names(name):
+    full, twin = registry.get(name.removesuffix("-tiny")), registry.get(name)
+    paths = [difference.path for difference in differences(full, twin)]
+    named = NAMED.get(name, {})
+    allowed = [*SIZES, *PATHS, *SCHEDULE, *named]
+    assert [p for p in paths if not any(fnmatch.fnmatch(p, pattern) for pattern in allowed)] == []
+    assert {field for field, word in named.items() if word not in (type(twin).__doc__ or "")} == set()
+    assert set(named) <= set(paths), "an exception that is no longer used"
+
+
+def test_there_are_twins_and_each_has_its_full_size_recipe():
+    assert TWINS
+    assert {name.removesuffix("-tiny") for name in TWINS} <= set(own_names())
