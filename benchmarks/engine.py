@@ -33,7 +33,9 @@ def rows() -> list[Row]:
     for _ in range(ROUNDS):
         engine += _engine(recipe)
         bare += _bare(recipe)
-    return [Row("engine, seconds an update / bare loop", statistics.median(engine), statistics.median(bare), "s", "<= 1.03")]
+    return [
+        Row("engine, seconds an update / bare loop", statistics.median(engine), statistics.median(bare), "s", "<= 1.03")
+    ]
 
 
 def _engine(recipe: Recipe) -> list[float]:

@@ -20,7 +20,9 @@ class Row:
 
     def __str__(self) -> str:
         numbers = (f"{value:.3g} {self.unit}" for value in (self.this, self.limit))
-        return "".join([f"{self.what:<52}", *(f"{n:>12}" for n in numbers), f"{self.this / self.limit:>8.3f}  {self.goal:>6}"])
+        return "".join(
+            [f"{self.what:<52}", *(f"{n:>12}" for n in numbers), f"{self.this / self.limit:>8.3f}  {self.goal:>6}"]
+        )
 
 
 def alternate(ours: Callable[[], None], limit: Callable[[], None], rounds: int) -> tuple[float, float]:

@@ -51,8 +51,8 @@ def build(recipe: Recipe, launch: Launch, here: Ranks) -> Built:
     system = recipe.system.build()
     if not system.additive and recipe.loop.global_batch != recipe.loop.micro_batch * here.world:
         raise UserError(
-            f"loop.micro_batch: the loss of {type(recipe.system).__name__} is over the whole batch, so it cannot be accumulated: "
-            f"global_batch must be micro_batch x ranks = {recipe.loop.micro_batch * here.world}"
+            f"loop.micro_batch: the loss of {type(recipe.system).__name__} is over the whole batch and cannot be "
+            f"accumulated: global_batch must be micro_batch x ranks = {recipe.loop.micro_batch * here.world}"
         )
     load_frozen(recipe, system)
     if launch.init_from:
@@ -82,12 +82,21 @@ def check_batch(recipe: Recipe, world: int) -> None:
     loop = recipe.loop
     if loop.global_batch % (loop.micro_batch * world):
         fits = [m for m in range(1, loop.global_batch + 1) if loop.global_batch % (m * world) == 0]
-        advice = f"--batch-size {' or '.join(map(str, fits))} fits" if fits else f"take a --global-batch that is a multiple of {world}"
-        raise UserError(f"loop.global_batch = {loop.global_batch} does not divide over {world} ranks x micro_batch {loop.micro_batch}: {advice}")
+        advice = (
+            f"--batch-size {' or '.join(map(str, fits))} fits"
+            if fits
+            else f"take a --global-batch that is a multiple of {world}"
+        )
+        raise UserError(
+            f"loop.global_batch = {loop.global_batch} does not divide over {world} ranks x micro_batch "
+            f"{loop.micro_batch}: {advice}"
+        )
 
 
 def _folder(recipe: Recipe, launch: Launch, here: Ranks) -> tuple[Path, str, Path | None]:
-    """Output directory, run name, and the checkpoint to resume from. Rank 0 decides and prepares; its error reaches all."""
+    """Output directory, run name, and the checkpoint to resume from. Rank 0 decides and prepares; its error reaches
+    all.
+    """
     box: tuple[Path, str, Path | None] | UserError | None = None
     if here.first:
         try:
@@ -116,7 +125,9 @@ def _decide(recipe: Recipe, launch: Launch) -> tuple[Path, str, Path | None]:
 
 
 def load_frozen(recipe: Recipe, system: System) -> None:
-    """Load the weights of every frozen part, with the latents' constants stored beside them unless the recipe gives its own."""
+    """Load the weights of every frozen part, with the latents' constants stored beside them unless the recipe gives its
+    own.
+    """
     for path, slot in frozen_parts(recipe):
         if slot.weights is None:
             raise UserError(f"{path}.weights is not set: this part is frozen and needs trained weights")
@@ -124,7 +135,9 @@ def load_frozen(recipe: Recipe, system: System) -> None:
         config = load_component(module, slot.weights, slot.component)
         if slot.scale_factor is None:
             if "scale_factor" not in config:
-                raise UserError(f"{path}.scale_factor: the weights carry no latent constants; `measure-latents` prints them")
+                raise UserError(
+                    f"{path}.scale_factor: the weights carry no latent constants; `measure-latents` prints them"
+                )
             module.register_to_config(scale_factor=config["scale_factor"], shift_factor=config["shift_factor"])  # type: ignore[operator]
 
 

@@ -1,7 +1,7 @@
 """Checkpoints: one format at every number of ranks, written beside and renamed, so that what is there is whole.
 
-A checkpoint is a folder `step-<n>`: the tensors as safetensors (torch.distributed.checkpoint's storage; each rank writes its own
-shards) and `state.json` with everything that is a number. No pickle is written or read.
+A checkpoint is a folder `step-<n>`: the tensors as safetensors (torch.distributed.checkpoint's storage; each rank
+writes its own shards) and `state.json` with everything that is a number. No pickle is written or read.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
+from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
 from core.errors import UserError
 
@@ -33,7 +34,9 @@ NAME = re.compile(r"step-(\d{8,})")
 
 
 def tensors(modules: nn.ModuleDict, optimizer: torch.optim.Optimizer | None, ema: EMA | None) -> dict[str, Tensor]:
-    """Every tensor of the training state by name: weights, buffers, moments of the optimizer, averages. Views, not copies."""
+    """Every tensor of the training state by name: weights, buffers, moments of the optimizer, averages. Views, not
+    copies.
+    """
     state = {f"weights.{name}": t for name, t in modules.state_dict().items()}
     if ema is not None:
         state |= {f"ema.{name}": t for name, t in ema.average.items()}
@@ -46,7 +49,11 @@ def tensors(modules: nn.ModuleDict, optimizer: torch.optim.Optimizer | None, ema
 
 def _moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
     """Tensors that the optimizer keeps for a parameter (its step counters are numbers, see `optimizer_steps`)."""
-    return {k: v for k, v in optimizer.state.get(parameter, {}).items() if isinstance(v, Tensor) and v.dim() == parameter.dim()}
+    return {
+        k: v
+        for k, v in optimizer.state.get(parameter, {}).items()
+        if isinstance(v, Tensor) and v.dim() == parameter.dim()
+    }
 
 
 def optimizer_steps(modules: nn.ModuleDict, optimizer: torch.optim.Optimizer) -> dict[str, float]:
@@ -56,7 +63,9 @@ def optimizer_steps(modules: nn.ModuleDict, optimizer: torch.optim.Optimizer) ->
 
 
 def materialise(modules: nn.ModuleDict, optimizer: torch.optim.Optimizer, steps: dict[str, float]) -> None:
-    """Give a fresh optimizer the state entries that a checkpoint will fill: one update with zero gradients and zero rate."""
+    """Give a fresh optimizer the state entries that a checkpoint will fill: one update with zero gradients and zero
+    rate.
+    """
     rates = [group["lr"] for group in optimizer.param_groups]
     wanted = [p for name, p in modules.named_parameters() if name in steps]
     for p in wanted:
@@ -73,7 +82,9 @@ def materialise(modules: nn.ModuleDict, optimizer: torch.optim.Optimizer, steps:
 
 
 def save(folder: Path, state: dict[str, Tensor], numbers: dict[str, Any], ranks: Ranks, keep: int | None) -> Path:
-    """Write checkpoint `step-<numbers['step']>` into `folder`; a collective. Older ones beyond `keep` go only when it is in place."""
+    """Write checkpoint `step-<numbers['step']>` into `folder`; a collective. Older ones beyond `keep` go only when it
+    is in place.
+    """
     target = folder / f"step-{numbers['step']:08d}"
     partial = folder / f".partial-{target.name}"
     if ranks.first:
@@ -82,13 +93,13 @@ def save(folder: Path, state: dict[str, Tensor], numbers: dict[str, Any], ranks:
     ranks.barrier()
     writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
     with _quiet():
-        dcp.save(state, storage_writer=writer, no_dist=ranks.mesh is None)
+        save_distributed(state, storage_writer=writer, no_dist=ranks.mesh is None)
     ranks.barrier()
     if ranks.first:
         (partial / "state.json").write_text(json.dumps({"format": FORMAT} | numbers, indent=1))
         _sync(partial)
         shutil.rmtree(target, ignore_errors=True)
-        os.replace(partial, target)
+        partial.replace(target)
         _sync_folder(folder)
         for old in [] if keep is None else checkpoints(folder)[keep:]:
             shutil.rmtree(old)
@@ -132,15 +143,21 @@ def numbers_of(checkpoint: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: cannot be read ({type(error).__name__}); resume from another checkpoint") from None
     if version > FORMAT:
-        raise UserError(f"{path}: written by a newer version (format {version}, this one reads {FORMAT}); upgrade this package")
+        raise UserError(
+            f"{path}: written by a newer version (format {version}, this one reads {FORMAT}); upgrade this package"
+        )
     return numbers  # type: ignore[no-any-return]
 
 
 def load(checkpoint: Path, state: dict[str, Tensor], ranks: Ranks) -> None:
-    """Fill `state` in place from a checkpoint, whatever number of ranks wrote it. Raises UserError when it does not fit."""
+    """Fill `state` in place from a checkpoint, whatever number of ranks wrote it. Raises UserError when it does not
+    fit.
+    """
     try:
         with _quiet():
-            dcp.load(state, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=ranks.mesh is None)
+            load_distributed(
+                state, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=ranks.mesh is None
+            )
     except CheckpointException as error:  # a BaseException; it carries what each rank met
         reason = "; ".join(sorted({str(cause).strip().splitlines()[0] for cause, _ in error.failures.values()}))
         raise UserError(f"checkpoint {checkpoint}: does not fit this recipe, or is damaged: {reason}") from error

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 
 from core.errors import UserError
 
@@ -99,8 +101,6 @@ def spread(system: System, mesh: DeviceMesh | None) -> None:
     """Put the trained modules on the mesh, block by block, root last. Without a mesh they stay plain modules."""
     if mesh is None:
         return
-    from torch.distributed.fsdp import fully_shard
-
     for block in system.blocks():
         fully_shard(block, mesh=mesh)
     for module in system.trained.values():
@@ -110,15 +110,15 @@ def spread(system: System, mesh: DeviceMesh | None) -> None:
 def synchronise_gradients(modules: nn.ModuleDict, on: bool) -> None:
     """Switch the reduction of gradients for the next backward pass (off between micro-batches of one update)."""
     for module in modules.values():
-        if hasattr(module, "set_requires_gradient_sync"):
+        if isinstance(module, FSDPModule):
             module.set_requires_gradient_sync(on)
 
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor: the shard of a DTensor, or the tensor itself."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def full(tensor: Tensor) -> Tensor:
     """The whole tensor on every rank (a collective for a DTensor)."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,7 +1,7 @@
 """Randomness of a batch, sample by sample: a pure function of the seed, the step and the sample's place.
 
-So noise does not depend on micro-batch size, ranks or what was drawn before. Everything is drawn on the CPU and then moved:
-the same on every device.
+So noise does not depend on micro-batch size, ranks or what was drawn before. Everything is drawn on the CPU and then
+moved: the same on every device.
 """
 
 from __future__ import annotations
@@ -17,21 +17,33 @@ from core.hashing import hash_of
 class Draw:
     """Noise and uniforms for the samples of one micro-batch.
 
-    `keys` are one 64-bit integer a sample; `places` are positions 0…total-1 in the global batch (or in the evaluated set).
+    `keys` are one 64-bit integer a sample; `places` are positions 0…total-1 in the global batch (or in the evaluated
+    set).
     """
 
-    def __init__(self, keys: Sequence[int], places: Sequence[int], total: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, keys: Sequence[int], places: Sequence[int], total: int, device: torch.device | str = "cpu"
+    ) -> None:
         if len(keys) != len(places):
             raise ValueError(f"{len(keys)} keys for {len(places)} places")
         self.keys, self.places, self.total, self.device = list(keys), list(places), total, torch.device(device)
 
     @classmethod
-    def training(cls, seed: int, step: int, places: Sequence[int], total: int, device: torch.device | str = "cpu") -> Draw:
+    def training(
+        cls, seed: int, step: int, places: Sequence[int], total: int, device: torch.device | str = "cpu"
+    ) -> Draw:
         """Fresh randomness at every step."""
         return cls([hash_of(seed, "train", step, place) for place in places], places, total, device)
 
     @classmethod
-    def fixed(cls, purpose: str, ids: Sequence[str | int], places: Sequence[int], total: int, device: torch.device | str = "cpu") -> Draw:
+    def fixed(
+        cls,
+        purpose: str,
+        ids: Sequence[str | int],
+        places: Sequence[int],
+        total: int,
+        device: torch.device | str = "cpu",
+    ) -> Draw:
         """The same randomness for a sample at every step and in every run."""
         return cls([hash_of(purpose, i) for i in ids], places, total, device)
 
@@ -54,7 +66,9 @@ class Draw:
         return torch.stack(rows).to(self.device, non_blocking=True)
 
     def quantiles(self) -> Tensor:
-        """The middle of the sample's stratum, (place + 1/2) / total, (B,): no randomness, evenly spread over the whole set."""
+        """The middle of the sample's stratum, (place + 1/2) / total, (B,): no randomness, evenly spread over the whole
+        set.
+        """
         if self.device.type == "meta":
             return torch.empty(len(self.keys), device="meta")
         return ((torch.tensor(self.places, dtype=torch.float32) + 0.5) / self.total).to(self.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -51,5 +51,5 @@ class EMA:
             a.copy_(kept)
 
     @staticmethod
-    def _local(tensors: dict[str, Tensor]) -> list[Tensor]:
+    def _local(tensors: Mapping[str, Tensor]) -> list[Tensor]:
         return [local(t.detach()) for t in tensors.values()]

@@ -1,4 +1,6 @@
-"""From a plan to batches in memory: an ordinary DataLoader over keys, and the account of samples that could not be read."""
+"""From a plan to batches in memory: an ordinary DataLoader over keys, and the account of samples that could not be
+read.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from core.positions import Key
 
 
 class _Keys:
-    """A batch sampler that can be iterated once more by each DataLoader iterator (it is handed a factory, not an iterator)."""
+    """A batch sampler that can be iterated once more by each DataLoader iterator (it is handed a factory, not an
+    iterator).
+    """
 
     def __init__(self, batches: Iterable[list[Key]]) -> None:
         self.batches = batches
@@ -23,7 +27,9 @@ class _Keys:
 
 
 def batches(dataset: Any, keys: Iterable[list[Key]], *, workers: int, pin: bool) -> Iterator[dict[str, Any]]:
-    """Batches (dicts of stacked tensors, with `id`, `place` and `bad`) for lists of keys, in order, whatever the number of workers."""
+    """Batches (dicts of stacked tensors, with `id`, `place` and `bad`) for lists of keys, in order, whatever the number
+    of workers.
+    """
     loader = DataLoader(
         dataset,
         batch_sampler=_Keys(keys),  # type: ignore[arg-type]
@@ -50,7 +56,9 @@ class Skipped:
         self.names: dict[str, str] = {}
 
     def count(self, batch: dict[str, Any]) -> list[tuple[str, str]]:
-        """Account for one batch; returns the (name, reason) pairs seen for the first time. Raises UserError above the share."""
+        """Account for one batch; returns the (name, reason) pairs seen for the first time. Raises UserError above the
+        share.
+        """
         bad = batch.get("bad", [])
         self.read += len(batch["id"])
         self.skipped += len(bad)
@@ -61,6 +69,7 @@ class Skipped:
         if self.skipped > max(self.max_share * tried, 3):
             examples = "; ".join(f"{n} ({r})" for n, r in list(self.names.items())[:3])
             raise UserError(
-                f"{self.skipped} of {tried} samples could not be read, more than data.max_bad_share = {self.max_share}: {examples}"
+                f"{self.skipped} of {tried} samples could not be read, more than data.max_bad_share = "
+                f"{self.max_share}: {examples}"
             )
         return new

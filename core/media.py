@@ -49,7 +49,7 @@ def enlarged(frames: np.ndarray, least: int = 256) -> np.ndarray:
 
 
 def write_mp4(path: Path, frames: np.ndarray, fps: int) -> None:
-    """H.264, yuv420p, CRF 10 (as the original); odd sizes lose their last row or column. `frames` (T, H, W, 3) uint8."""
+    """H.264, yuv420p, CRF 10 as the original; odd sizes lose their last row or column. `frames` (T, H, W, 3) uint8."""
     h, w = frames.shape[1] // 2 * 2, frames.shape[2] // 2 * 2
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": "10"})

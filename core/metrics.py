@@ -6,8 +6,6 @@ same real clips, and not with published FVD, which needs I3D features; `frechet_
 those as well. Formulas: LVDM sheet §13.
 """
 
-import math
-
 import numpy as np
 import torch
 from torch.nn import functional
@@ -15,10 +13,8 @@ from torch.nn import functional
 from core.errors import UserError
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
-LAGS = (1, 2, 4, 8)
-FLOOR = 0.004  # half a grey level: what is weaker counts as absent
-# The least deviation of a feature over real clips. At 0.01 faint noise weighs as much as stillness, at 0.1 blur hides.
-LEAST_DEVIATION = 0.05
+LAG = 4
+LEAST_DEVIATION = 1e-3  # of a feature over real clips, an eighth of a grey level
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -71,10 +67,11 @@ def _at_least_two(a: np.ndarray, b: np.ndarray) -> None:
 
 
 def clip_features(video: torch.Tensor) -> np.ndarray:
-    """(N, 3, T, H, W) in [-1, 1] -> (N, 43) float64: appearance 15, detail 7, motion 14, flow 7.
+    """(N, 3, T, H, W) in [-1, 1] -> (N, 32) float64: pooled pixels 24, frame differences 8.
 
-    Strengths enter as logarithms and mostly as ratios of neighbouring scales or lags, which vary little between real
-    clips: so blur, noise, stillness and a wrong order of frames stand far out of them.
+    Pooled pixels are means over time: brightness in 4 x 4 cells, two colour differences in 2 x 2. Frame differences are
+    mean absolute changes of brightness (pooled to 16 x 16 first, so that they tell motion from grain) over 1 and over
+    LAG frames, in 2 x 2 cells: stillness, wrong speed and a wrong order of frames all show in them.
     """
     return torch.cat([_one_batch(part.float()) for part in video.split(16)]).double().cpu().numpy()
 
@@ -82,100 +79,22 @@ def clip_features(video: torch.Tensor) -> np.ndarray:
 def _one_batch(video: torch.Tensor) -> torch.Tensor:
     if video.shape[2] == 1:  # a picture is a clip that stands still
         video = video.expand(-1, -1, 2, -1, -1)
-    luma = torch.einsum("ncthw,c->nthw", video, video.new_tensor(LUMA))
-    return torch.cat([_appearance(video), _detail(luma), _motion(luma), _flow(luma)], dim=1)
+    luma = torch.einsum("ncthw,c->nthw", video, video.new_tensor(LUMA))[:, None]  # (N, 1, T, H, W)
+    colour = torch.cat([video[:, :1] - luma, video[:, 2:] - luma], 1)  # (N, 2, T, H, W)
+    coarse = functional.adaptive_avg_pool3d(luma, (video.shape[2], 16, 16))
+    moved = [_cells(_lagged(coarse, lag).abs(), 2) for lag in (1, LAG)]
+    return torch.cat([_cells(luma, 4), _cells(colour, 2), *moved], 1)
 
 
-def _appearance(video: torch.Tensor) -> torch.Tensor:
-    """(N, 15): colour of the four quarters, and the log deviation of each channel."""
-    quarters = functional.adaptive_avg_pool3d(video, (1, 2, 2)).flatten(1)
-    return torch.cat([quarters, _log_rms(video - video.mean((2, 3, 4), keepdim=True), (2, 3, 4))], dim=1)
-
-
-def _detail(luma: torch.Tensor) -> torch.Tensor:
-    """(N, 7): the gradient at four scales, as the finest and the ratios; its change over time; sharpness, its least."""
-    scales = torch.stack([_log_gradient(level) for level in _pyramid(luma)], 1)  # (N, 4, T)
-    sharpness = _log_curvature(luma) - scales[:, 0]  # (N, T): log of about a frequency
-    own = torch.stack([_spread(scales[:, 0]), sharpness.mean(1), sharpness.amin(1)], 1)
-    means = scales.mean(2)
-    return torch.cat([means[:, :1], means.diff(dim=1), own], 1)
-
-
-def _motion(luma: torch.Tensor) -> torch.Tensor:
-    """(N, 14): frame differences at four lags, fine and coarse; against the gradient; smoothness; flicker."""
-    pace = _log_rms(_lagged(luma, 1), (2, 3))  # (N, T - 1)
-    against_gradient = pace.mean(1) - _log_gradient(luma).mean(1)  # log of about a speed
-    brightness = _log_rms(_lagged(luma.mean((2, 3)), 1), (1,))
-    own = torch.stack([against_gradient, _spread(pace), pace.amin(1), brightness], 1)
-    return torch.cat([_lag_strengths(luma), _lag_strengths(_pyramid(luma)[-1]), own], 1)
-
-
-def _lag_strengths(luma: torch.Tensor) -> torch.Tensor:
-    """(N, 5): log difference at lag 1, the ratios to the next lags (order of frames), and of the second difference."""
-    lags = torch.stack([_log_rms(_lagged(luma, lag), (1, 2, 3)) for lag in LAGS], 1)
-    jerk = _log_rms(_lagged(_lagged(luma, 1), 1), (1, 2, 3)) - lags[:, 0]
-    return torch.cat([lags[:, :1], lags.diff(dim=1), jerk[:, None]], 1)
-
-
-def _flow(luma: torch.Tensor) -> torch.Tensor:
-    """(N, 7): the frame's common velocity (pixels at half size) and what it leaves unexplained.
-
-    Least squares of dI/dt + u dI/dx + v dI/dy = 0 over each pair of frames (Lucas, Kanade 1981).
-    """
-    half = _pyramid(luma)[1]
-    dt, middle = _lagged(half, 1), (half[:, 1:] + half[:, :-1]) / 2
-    dy, dx = torch.gradient(functional.pad(middle, (1, 1, 1, 1), mode="replicate"), dim=(2, 3))
-    dy, dx = dy[..., 1:-1, 1:-1], dx[..., 1:-1, 1:-1]  # (N, T - 1, h, w)
-    xx, xy, yy = ((p * q).mean((2, 3)) for p, q in ((dx, dx), (dx, dy), (dy, dy)))
-    xt, yt = (dx * dt).mean((2, 3)), (dy * dt).mean((2, 3))
-    xx, yy = xx + FLOOR**2, yy + FLOOR**2
-    scale = xx * yy - xy**2
-    u, v = (xy * yt - yy * xt) / scale, (xy * xt - xx * yt) / scale  # (N, T - 1)
-    left = _log_rms(dt + u[..., None, None] * dx + v[..., None, None] * dy, (2, 3)) - _log_rms(dt, (2, 3))
-    speed = 0.5 * torch.log(u.mean(1) ** 2 + v.mean(1) ** 2 + 0.1**2)
-    unsteady = 0.5 * torch.log(u.var(1, correction=0) + v.var(1, correction=0) + 0.03**2)
-    return torch.stack([u.mean(1), v.mean(1), speed, unsteady, left.mean(1), left.amax(1), _spread(left)], 1)
-
-
-def _pyramid(luma: torch.Tensor) -> list[torch.Tensor]:
-    """(N, T, H, W) at full, half, quarter and eighth size."""
-    levels = [luma]
-    for _ in range(3):
-        height, width = levels[-1].shape[2:]
-        levels.append(functional.adaptive_avg_pool2d(levels[-1], (max(1, height // 2), max(1, width // 2))))
-    return levels
-
-
-def _log_gradient(luma: torch.Tensor) -> torch.Tensor:
-    """(N, T, H, W) -> (N, T): log of the root mean square of the gradient."""
-    return 0.5 * torch.log(_mean_square(luma.diff(dim=2), (2, 3)) + _mean_square(luma.diff(dim=3), (2, 3)) + FLOOR**2)
-
-
-def _log_curvature(luma: torch.Tensor) -> torch.Tensor:
-    """(N, T, H, W) -> (N, T): the same of the second differences, where blur shows first."""
-    down, right = luma.diff(n=2, dim=2), luma.diff(n=2, dim=3)
-    return 0.5 * torch.log(_mean_square(down, (2, 3)) + _mean_square(right, (2, 3)) + FLOOR**2)
-
-
-def _log_rms(x: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
-    return 0.5 * torch.log(_mean_square(x, dims) + FLOOR**2)
-
-
-def _mean_square(x: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
-    """The mean of no elements is 0 here: too short for a lag means that nothing moved."""
-    count = math.prod(x.shape[dim] for dim in dims)
-    return x.square().sum(dims) / max(1, count)
+def _cells(x: torch.Tensor, side: int) -> torch.Tensor:
+    """(N, C, T, H, W) -> (N, C side side): means over time in side x side cells."""
+    return functional.adaptive_avg_pool3d(x, (1, side, side)).flatten(1)
 
 
 def _lagged(x: torch.Tensor, lag: int) -> torch.Tensor:
-    """Differences over `lag` frames (dim 1), or over as many as there are."""
-    lag = min(lag, max(1, x.shape[1] - 1))
-    return x[:, lag:] - x[:, :-lag]
-
-
-def _spread(x: torch.Tensor) -> torch.Tensor:
-    """(N, T) -> (N,): deviation over time."""
-    return x.std(1, correction=0)
+    """Differences over `lag` frames (dim 2), or over as many as there are."""
+    lag = min(lag, x.shape[2] - 1)
+    return x[:, :, lag:] - x[:, :, : x.shape[2] - lag]
 
 
 # ---- the report -----------------------------------------------------------------------------------------------------

@@ -17,7 +17,15 @@ from core.slots.slot import flatten
 
 OURS = ("recipe.json", "run.json", "run.log", "metrics.jsonl", "checkpoints", "samples", "export", "profile.json")
 """What a run writes; `--overwrite` removes these and nothing else."""
-FREE = ("loop.max_steps", "loop.epochs", "loop.num_workers", "loop.log_every", "loop.profile", "loop.micro_batch", "loop.compile")
+FREE = (
+    "loop.max_steps",
+    "loop.epochs",
+    "loop.num_workers",
+    "loop.log_every",
+    "loop.profile",
+    "loop.micro_batch",
+    "loop.compile",
+)
 FREE_SLOTS = ("validation", "checkpoint", "tracking", "parallel", "system.attention")
 """What may differ between a checkpoint's recipe and the one that goes on: it changes nothing that is learnt."""
 
@@ -33,7 +41,9 @@ def default_run_name() -> str:
 
 
 def prepare(folder: Path, overwrite: bool) -> None:
-    """Make the folder ready for a fresh run. Raises UserError when it is in use and not to be overwritten, or read-only."""
+    """Make the folder ready for a fresh run. Raises UserError when it is in use and not to be overwritten, or
+    read-only.
+    """
     in_use = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
     if in_use and not overwrite:
         raise UserError(
@@ -42,7 +52,9 @@ def prepare(folder: Path, overwrite: bool) -> None:
         )
     foreign = [name for name in in_use if name not in OURS]
     if foreign:
-        raise UserError(f"--output-dir {folder} holds files that no run wrote ({', '.join(foreign[:5])}): name another folder")
+        raise UserError(
+            f"--output-dir {folder} holds files that no run wrote ({', '.join(foreign[:5])}): name another folder"
+        )
     writable(folder)
     for name in in_use:
         path = folder / name
@@ -50,7 +62,7 @@ def prepare(folder: Path, overwrite: bool) -> None:
 
 
 def find_run(where: str, store: str | None) -> Path:
-    """The output directory named by a path or a run id (with or without `run:`). Raises UserError when it holds no run."""
+    """The output directory named by a path or a run id, with or without `run:`. Raises UserError if it holds no run."""
     folder = Path(where).expanduser()
     if not folder.is_dir():
         from core.tracking import fetch_output_dir
@@ -70,12 +82,15 @@ def checkpoint_of(folder: Path) -> Path:
 
 
 def refuse_other_recipe(ours: Recipe, theirs: Recipe, folder: Path) -> None:
-    """Raise UserError, field by field, when the run in `folder` was trained with a recipe that learns something else."""
+    """Raise UserError, field by field, when the run in `folder` has a recipe that learns something else."""
     a, b = flatten(theirs), flatten(ours)
     changed = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k) and not _free(k)]
     if changed:
         shown = "; ".join(f"{k}: {a.get(k)} there, {b.get(k)} here" for k in changed[:8])
-        raise UserError(f"the run in {folder} has another recipe ({len(changed)} fields): {shown}. Start a run of its own, with --init-from for its weights")
+        raise UserError(
+            f"the run in {folder} has another recipe ({len(changed)} fields): {shown}. "
+            "Start a run of its own, with --init-from for its weights"
+        )
 
 
 def _free(path: str) -> bool:

@@ -1,7 +1,8 @@
-"""What a run will be, before it has weights, data or a GPU: built on the meta device, counted, and printed as a table."""
+"""What a run will be, before it has weights, data or a GPU: built on the meta device, counted, printed as a table."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,7 +52,7 @@ def _row(name: str, module: nn.Module, trained: bool) -> ModuleRow:
     return ModuleRow(name, type(module).__name__, sum(p.numel() for p in tensors), len(tensors), trained)
 
 
-def _bytes(tensors: list[Tensor]) -> int:
+def _bytes(tensors: Sequence[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
@@ -79,7 +80,9 @@ def _optimizer_bytes(recipe: Recipe, system: System) -> int:
 
 
 def activation_bytes(recipe: Recipe, system: System) -> int:
-    """What autograd keeps for the backward pass of one micro-batch: every saved storage counted once, parameters left out."""
+    """What autograd keeps for the backward pass of one micro-batch: every saved storage counted once, parameters left
+    out.
+    """
     from core.build import prepare_blocks
 
     micro = recipe.loop.micro_batch
@@ -97,9 +100,14 @@ def activation_bytes(recipe: Recipe, system: System) -> int:
             total += storage.nbytes()
         return tensor
 
-    batch = {"pixel_values": torch.empty(micro, 3, *recipe.data.clip_shape(), device="meta"), "id": [""] * micro, "place": list(range(micro))}
-    draw = Draw.training(0, 0, batch["place"], recipe.loop.global_batch, "meta")
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), autocast(recipe.loop.precision, torch.device("meta")):
+    places = list(range(micro))
+    video = torch.empty(micro, 3, *recipe.data.clip_shape(), device="meta")
+    batch = {"pixel_values": video, "id": [""] * micro, "place": places}
+    draw = Draw.training(0, 0, places, recipe.loop.global_batch, "meta")
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+        autocast(recipe.loop.precision, torch.device("meta")),
+    ):
         system.loss(batch, draw)
     return total
 
@@ -111,7 +119,8 @@ def _steps(recipe: Recipe) -> str:
 
 def _batch(recipe: Recipe) -> str:
     loop = recipe.loop
-    return f"{loop.global_batch} samples an update, micro-batches of {loop.micro_batch}, accumulation {loop.global_batch // loop.micro_batch} on one rank"
+    accumulation = loop.global_batch // loop.micro_batch
+    return f"{loop.global_batch} samples an update = {accumulation} micro-batches of {loop.micro_batch} on one rank"
 
 
 def render(recipe: Recipe, planned: Plan) -> str:
@@ -119,7 +128,10 @@ def render(recipe: Recipe, planned: Plan) -> str:
     lines = [f"{recipe.name}: {planned.steps}, {planned.batch}", ""]
     lines += [f"{'module':<12}{'class':<22}{'parameters':>16}{'tensors':>9}  "]
     for row in planned.modules:
-        lines.append(f"{row.name:<12}{row.kind:<22}{row.parameters:>16,}{row.tensors:>9}  {'trained' if row.trained else 'frozen'}")
+        lines.append(
+            f"{row.name:<12}{row.kind:<22}{row.parameters:>16,}{row.tensors:>9}  "
+            f"{'trained' if row.trained else 'frozen'}"
+        )
     lines += ["", f"{'memory of one rank':<34}{'GiB':>16}"]
     lines += [f"{name:<34}{size / GIB:>16.3f}" for name, size in planned.memory.items()]
     lines += [f"{'sum':<34}{sum(planned.memory.values()) / GIB:>16.3f}"]

@@ -1,7 +1,8 @@
 """Which samples make which update: computed from (seed, position), never replayed.
 
-The training stream is epoch after epoch, each a permutation of the dataset; an update takes the next `global_batch` samples of
-the stream. So nothing is dropped at an epoch's end, each sample is seen once an epoch, and the number of ranks does not matter.
+The training stream is epoch after epoch, each a permutation of the dataset; an update takes the next `global_batch`
+samples of the stream. So nothing is dropped at an epoch's end, each sample is seen once an epoch, and the number of
+ranks does not matter.
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ class Position(NamedTuple):
     drawn: int = 0
 
 
+START = Position()
+
+
 class Key(NamedTuple):
     """What a dataset needs to make a sample: which one, with what randomness, for which place of the global batch."""
 
     seed: int
     epoch: int
-    index: int
+    item: int
     place: int
 
 
@@ -62,7 +66,9 @@ class Plan:
         return self.global_batch // (self.micro_batch * ranks)
 
     def rank(self, rank: int, ranks: int, start: Position, updates: int) -> Iterator[list[Key]]:
-        """Micro-batches of one rank from `start` on: micro-batch a of rank r holds places (a·ranks + r)·micro_batch onwards."""
+        """Micro-batches of one rank from `start` on: micro-batch a of rank r holds places (a·ranks + r)·micro_batch
+        onwards.
+        """
         position = start
         for _ in range(updates):
             keys, position = self.update(position)

@@ -24,8 +24,8 @@ def no_autocast(device: torch.device) -> AbstractContextManager[object]:
 class Scaler:
     """Dynamic loss scale of fp16 (arXiv 1710.03740 §3.2); 1 and inert otherwise.
 
-    Unlike torch's GradScaler it costs no pass over the gradients and no synchronisation of its own: the loop divides the
-    gradient norm by `scale`, and one multiplication of the gradients does both the unscaling and the clipping.
+    Unlike torch's GradScaler it costs no pass over the gradients and no synchronisation of its own: the loop divides
+    the gradient norm by `scale`, and one multiplication of the gradients does both the unscaling and the clipping.
     """
 
     GROWTH, BACKOFF, INTERVAL = 2.0, 0.5, 2000
@@ -36,7 +36,9 @@ class Scaler:
         self.good_steps = 0
 
     def update(self, finite: bool) -> bool:
-        """Account for one update. Returns whether a non-finite gradient is explained by the scale (which is then lowered)."""
+        """Account for one update. Returns whether a non-finite gradient is explained by the scale (which is then
+        lowered).
+        """
         if not self.on:
             return False
         if finite:

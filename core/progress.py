@@ -1,4 +1,6 @@
-"""What the person at the terminal sees: a progress bar, or plain lines when it is no terminal; everything also in run.log."""
+"""What the person at the terminal sees: a progress bar, or plain lines when it is no terminal; everything also in
+run.log.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What a run tells: terminal, log, MLflow, samples and exports. Rank 0 writes; validation and sampling are done by all ranks."""
+"""What a run tells: terminal, log, MLflow, samples and exports. Rank 0 writes; validation and sampling are done by all
+ranks.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +9,15 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from core.build import Built
 from core.distributed import Ranks, full
 from core.media import enlarged, sheet, tiled, to_uint8, write_gif, write_mp4
+from core.outputs import run_facts
 from core.progress import Progress
 from core.slots import Launch, Recipe
 from core.systems import System
-from core.outputs import run_facts
 from core.tracking import Tracker, open_run
 from core.validate import evaluate, frechet, generate, reconstructions
 
@@ -53,7 +54,10 @@ class Report:
         self.now = step
         self.bar = Progress(self.folder / "run.log" if self.here.first else None, total, step)
         trained = "resumed at" if step else "from"
-        self.bar.line(f"{self.recipe.name}: {trained} step {step} of {total}, {self.here.world} x {self.here.device.type}, output in {self.folder}")
+        self.bar.line(
+            f"{self.recipe.name}: {trained} step {step} of {total}, {self.here.world} x {self.here.device.type}, "
+            f"output in {self.folder}"
+        )
 
     def step(self, step: int) -> None:
         """An update is done."""
@@ -121,7 +125,9 @@ class Report:
         """The trained networks as diffusers folders, averaged where there is an average; a collective."""
         folder = self.folder / "export"
         with self._averaged(built):  # to the end of the writing: these are views of what is swapped back
-            weights = {name: {k: full(t.detach()) for k, t in m.state_dict().items()} for name, m in system.trained.items()}
+            weights = {
+                name: {k: full(t.detach()) for k, t in m.state_dict().items()} for name, m in system.trained.items()
+            }
             if self.here.first:
                 system.export(folder, weights)
         return folder

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def lr_factor(schedule: Schedule, step: int, total: int, lr: float = 1.0) -> float:
-    """Factor on the learning rate at update `step` (from 0) of `total`. `lr` matters for polynomial's `lr_end` alone."""
+    """Factor on the learning rate at update `step` (from 0) of `total`. `lr` matters to polynomial's `lr_end` alone."""
     if schedule.name == "piecewise_constant":
         return _piecewise(schedule.rules, step)
     warmup = schedule.warmup_steps or round(schedule.warmup_ratio * total)

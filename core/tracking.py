@@ -1,7 +1,7 @@
 """MLflow behind one small tracker: parameters, tags, data, metrics, pictures and clips of a run.
 
-Calls return at once: a thread of its own talks to the store, so that a slow server never slows training. The same metrics are
-appended to `metrics.jsonl` in the output directory first.
+Calls return at once: a thread of its own talks to the store, so that a slow server never slows training. The same
+metrics are appended to `metrics.jsonl` in the output directory first.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ def fetch_run(run_id: str, store: str | None = None) -> Any:
     try:
         return client(uri).get_run(run_id)
     except MlflowException:
-        raise UserError(f"run:{run_id}: the MLflow store {uri} has no such run (another store: --store or MLFLOW_TRACKING_URI)") from None
+        raise UserError(
+            f"run:{run_id}: the MLflow store {uri} has no such run (another store: --store or MLFLOW_TRACKING_URI)"
+        ) from None
 
 
 def fetch_output_dir(run_id: str, store: str | None = None) -> Path:
@@ -93,7 +95,9 @@ class Tracker:
     def __init__(self, client: MlflowClient, run_id: str, journal: Path) -> None:
         self.client, self.run_id = client, run_id
         self._journal = journal.open("a", buffering=1)
-        self._queue: queue.Queue[Callable[[], None] | tuple[dict[str, float], int, int] | None] = queue.Queue(maxsize=100_000)
+        self._queue: queue.Queue[Callable[[], None] | tuple[dict[str, float], int, int] | None] = queue.Queue(
+            maxsize=100_000
+        )
         self._thread = threading.Thread(target=self._ship, name="mlflow", daemon=True)
         self._warned = False
         self._thread.start()
@@ -124,7 +128,10 @@ class Tracker:
         self._put(None)
         self._thread.join(patience)
         if self._thread.is_alive():
-            warnings.warn(f"MLflow did not take everything within {patience:.0f} s; all metrics are in {self._journal.name}", stacklevel=2)
+            warnings.warn(
+                f"MLflow did not take everything within {patience:.0f} s; all metrics are in {self._journal.name}",
+                stacklevel=2,
+            )
         self._journal.close()
 
     def _put(self, item: Callable[[], None] | tuple[dict[str, float], int, int] | None) -> None:
@@ -140,7 +147,7 @@ class Tracker:
                     self._ship_metrics(item)
                 else:
                     item()
-            except Exception as error:  # any failure of the store is reported, none may stop the training
+            except Exception as error:  # noqa: BLE001  any failure of the store is reported, none may stop the training
                 self._complain(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
 
     def _ship_metrics(self, first: tuple[dict[str, float], int, int]) -> None:
@@ -154,15 +161,26 @@ class Tracker:
     def _complain(self, why: str) -> None:
         if not self._warned:
             self._warned = True
-            warnings.warn(f"MLflow does not take this run's data ({why}); training goes on, metrics are in {self._journal.name}", stacklevel=3)
+            warnings.warn(
+                f"MLflow does not take this run's data ({why}); training goes on, metrics are in {self._journal.name}",
+                stacklevel=3,
+            )
 
 
 def open_run(
-    recipe: Recipe, *, store: str | None, run_name: str, output_dir: Path, argv: Sequence[str], data: dict[str, dict[str, str | int]], resume: str | None
+    recipe: Recipe,
+    *,
+    store: str | None,
+    run_name: str,
+    output_dir: Path,
+    argv: Sequence[str],
+    data: dict[str, dict[str, str | int]],
+    resume: str | None,
 ) -> Tracker:
     """Create the MLflow run with all that is known before the first step, or go on in the run `resume`.
 
-    `data` describes the datasets by context (`training`, `validation`). Raises UserError when the store cannot be reached.
+    `data` describes the datasets by context (`training`, `validation`). Raises UserError when the store cannot be
+    reached.
     """
     from mlflow.exceptions import MlflowException
 
@@ -180,20 +198,28 @@ def open_run(
     return Tracker(mlflow, run_id, output_dir / "metrics.jsonl")
 
 
-def _create(mlflow: MlflowClient, recipe: Recipe, uri: str, run_name: str, output_dir: Path, argv: Sequence[str]) -> str:
+def _create(
+    mlflow: MlflowClient, recipe: Recipe, uri: str, run_name: str, output_dir: Path, argv: Sequence[str]
+) -> str:
     name = recipe.tracking.experiment
     experiment = mlflow.get_experiment_by_name(name)
     if experiment is not None:
         experiment_id = experiment.experiment_id
     else:
         # beside a local database, not in ./mlruns of whoever comes first
-        beside = Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts" / name if uri.startswith("sqlite:///") else None
+        beside = (
+            Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts" / name
+            if uri.startswith("sqlite:///")
+            else None
+        )
         experiment_id = mlflow.create_experiment(name, artifact_location=beside.as_uri() if beside else None)
     tags = _tags(recipe, output_dir, argv) | dict(tag.split("=", 1) for tag in recipe.tracking.tags)
     return str(mlflow.create_run(experiment_id, run_name=run_name, tags=tags).info.run_id)
 
 
-def _describe(mlflow: MlflowClient, run_id: str, recipe: Recipe, output_dir: Path, data: dict[str, dict[str, str | int]]) -> None:
+def _describe(
+    mlflow: MlflowClient, run_id: str, recipe: Recipe, output_dir: Path, data: dict[str, dict[str, str | int]]
+) -> None:
     from mlflow.entities import Dataset, DatasetInput, InputTag, Param
 
     params = [Param(k, str(v)[:PARAM_LIMIT]) for k, v in flatten(recipe).items()]

@@ -1,7 +1,8 @@
 """The training loop: the one file to read to know how training works here.
 
-An update is a pure function of (seed, position, data). The loop asks the plan which samples come next, the system for their loss,
-and does by plain calls, in plain sight, everything that happens at an interval: log, validate, sample, save, leave.
+An update is a pure function of (seed, position, data). The loop asks the plan which samples come next, the system for
+their loss, and does by plain calls, in plain sight, everything that happens at an interval: log, validate, sample,
+save, leave.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from core.draw import Draw
 from core.errors import UserError
 from core.hashing import hash_of
 from core.loader import Skipped, batches, to_device
-from core.positions import Plan, Position
+from core.positions import START, Plan, Position
 from core.precision import autocast
 from core.preflight import preflight
 from core.profiling import profiler
@@ -41,7 +42,7 @@ class Progress:
     """What changes from update to update, besides tensors. All of it is in a checkpoint."""
 
     step: int = 0
-    position: Position = Position()
+    position: Position = START
     nonfinite: int = 0
     nonfinite_in_a_row: int = 0
 
@@ -129,7 +130,8 @@ def _accumulate(
     """Forward and backward of one update's micro-batches. Gradients meet across ranks in the last one alone."""
     loop, system = recipe.loop, built.system
     accumulation = loop.global_batch // (loop.micro_batch * here.world)
-    total, logs = torch.zeros((), device=here.device), {}
+    total = torch.zeros((), device=here.device)
+    logs: dict[str, Tensor] = {}
     for micro in range(accumulation):
         waited = time.perf_counter()
         batch = next(stream)
@@ -144,12 +146,19 @@ def _accumulate(
         (loss * (built.scaler.scale / accumulation)).backward()  # type: ignore[no-untyped-call]
         total += loss.detach().float() / accumulation
         for name, value in parts.items():
-            logs[name] = logs.get(name, 0.0) + value.float() / accumulation
+            logs[name] = logs.get(name, torch.zeros_like(total)) + value.float() / accumulation
     return total, logs
 
 
 def _update(
-    recipe: Recipe, built: Built, here: Ranks, progress: Progress, loss: Tensor, logs: dict[str, Tensor], window: Window, asked: int
+    recipe: Recipe,
+    built: Built,
+    here: Ranks,
+    progress: Progress,
+    loss: Tensor,
+    logs: dict[str, Tensor],
+    window: Window,
+    asked: int,
 ) -> float:
     """Clip and step, unless loss or gradient is not finite. Returns the signal that some rank was sent, or 0."""
     if progress.step == 0:
@@ -177,7 +186,8 @@ def _update(
     built.optimizer.zero_grad(set_to_none=True)
     if progress.nonfinite_in_a_row >= recipe.loop.max_nonfinite:
         raise UserError(
-            f"step {progress.step}: loss {loss_value}, gradient norm {norm_value}: {progress.nonfinite_in_a_row} updates in a row are not finite. "
+            f"step {progress.step}: loss {loss_value}, gradient norm {norm_value}: "
+            f"{progress.nonfinite_in_a_row} updates in a row are not finite. "
             "Lower --lr, set --optim.max-grad-norm, or take --precision bf16 or fp32"
         )
     return stop
@@ -186,7 +196,9 @@ def _update(
 def _every_parameter_has_a_gradient(built: Built) -> None:
     missing = [name for name, p in built.system.trained.named_parameters() if p.requires_grad and p.grad is None]
     if missing:
-        raise UserError(f"{len(missing)} trained parameters got no gradient, so they would never learn: {', '.join(missing[:5])}")
+        raise UserError(
+            f"{len(missing)} trained parameters got no gradient, so they would never learn: {', '.join(missing[:5])}"
+        )
 
 
 class Window:
@@ -203,7 +215,9 @@ class Window:
         for name, value in ({"loss": loss, "grad_norm": grad_norm} | logs).items():
             self.sums[name] = self.sums.get(name, 0.0) + value
 
-    def values(self, lr: float, global_batch: int, skipped: Skipped, progress: Progress, here: Ranks) -> dict[str, float]:
+    def values(
+        self, lr: float, global_batch: int, skipped: Skipped, progress: Progress, here: Ranks
+    ) -> dict[str, float]:
         """The metrics of the window. Without an applied update loss and norm are NaN."""
         seconds = time.perf_counter() - self.began
         nothing = {"loss": math.nan, "grad_norm": math.nan}

@@ -28,7 +28,9 @@ def fixed_keys(dataset: Any, count: int) -> list[Key]:
 
 
 def shares(keys: Sequence[Key], ranks: Ranks, batch_size: int) -> list[list[Key]]:
-    """This rank's batches: every rank has the same number of them, of the same size; short ones are filled with place -1."""
+    """This rank's batches: every rank has the same number of them, of the same size; short ones are filled with place
+    -1.
+    """
     dummy = keys[0]._replace(place=-1)
     per_round = batch_size * ranks.world
     rounds = -(-len(keys) // per_round)
@@ -60,11 +62,15 @@ def evaluate(system: System, dataset: Any, recipe: Recipe, ranks: Ranks) -> dict
 def generate(
     system: System, recipe: Recipe, sampler: Sampler, count: int, ranks: Ranks, seed: int = SEED
 ) -> Tensor | None:
-    """`count` clips (count, 3, T, H, W) on the CPU, the same whatever the ranks; None where the system generates nothing."""
+    """`count` clips (count, 3, T, H, W) on the CPU, the same whatever the ranks; None where the system generates
+    nothing.
+    """
     keys = [Key(seed, 0, i, i) for i in range(count)]
     clips: list[Tensor] = []
     for part in shares(keys, ranks, recipe.validation.batch_size):
-        draw = Draw.fixed(f"sample {seed}", [key.index for key in part], [max(k.place, 0) for k in part], count, ranks.device)
+        draw = Draw.fixed(
+            f"sample {seed}", [key.item for key in part], [max(k.place, 0) for k in part], count, ranks.device
+        )
         with autocast(recipe.loop.precision, ranks.device):
             made = system.sample([""] * len(part), recipe.data.clip_shape(), sampler, draw)
         if made is None:
@@ -96,4 +102,3 @@ def frechet(generated: Tensor, training: Any, held_out: Any, recipe: Recipe) -> 
     count, workers = len(generated), recipe.loop.num_workers
     report = frechet_report(generated, real_clips(held_out, count, workers), real_clips(training, count, workers))
     return {f"val/{name}": value for name, value in report.items()}
-

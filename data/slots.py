@@ -26,7 +26,8 @@ class FrameFolders(Data):
     resolution: int = 256
     """Height and width of a clip."""
     spatial_transform: Literal["center_crop_resize", "resize", "random_crop", "none"] = "center_crop_resize"
-    """center_crop_resize: shorter side to the resolution, then the centre; random_crop: one crop a clip, not resized."""
+    """center_crop_resize: shorter side to the resolution, then the centre; random_crop: one crop a clip, not resized.
+    """
     temporal_transform: Literal["rand_clips", "windows"] = "rand_clips"
     """rand_clips: one random window of a clip folder; windows: all windows, one after the other."""
     clip_step: int | None = None

@@ -1,4 +1,4 @@
-"""LVDM (He et al. 2022, arXiv 2211.13221): video autoencoder and unconditional latent video diffusion on Sky Timelapse."""
+"""LVDM (He et al. 2022, arXiv 2211.13221) on Sky Timelapse: video autoencoder and unconditional latent diffusion."""
 
 from pathlib import Path
 
@@ -24,17 +24,27 @@ from core.slots import (
 )
 from data.slots import FrameFolders
 
-SKY = FrameFolders(root=Path("datasets/sky_timelapse"), split="train", num_frames=16, resolution=256)
-TINY_VAE = VideoVAE(n_hiddens=4, norm_num_groups=4, source="shipped with this project")
+SKY = FrameFolders(
+    root=Path("datasets/sky_timelapse_lvdm"),
+    split="train",
+    num_frames=16,
+    resolution=256,
+    source="Sky Timelapse: github.com/weixiong-ur/mdgan; a sample of it, made for LVDM, is fetched by",
+    fetch=(
+        "mkdir -p datasets && cd datasets && curl -LO https://paddlenlp.bj.bcebos.com/models/community/westfish/"
+        "lvdm_datasets/sky_timelapse_lvdm.zip && unzip sky_timelapse_lvdm.zip"
+    ),
+)
+TINY_VAE = VideoVAE(n_hiddens=4, norm_num_groups=4, source="shipped with this project", fetch="make weights")
 
 
 @register("lvdm-video-vae")
 class LVDMVideoVAE(Recipe):
     """The 3D autoencoder of LVDM on Sky Timelapse: L1 + KL.
 
-    Values of the authors' configuration: Adam betas (0.5, 0.9), lr 3.6e-5, batch 1, accumulation 2, clips of 16 x 256 x 256.
-    Theirs adds LPIPS and, from step 50,001, a patch discriminator; both need outside weights or a second optimizer and are not
-    here, so expect softer reconstructions. Cost: 9.1 TFLOP a sample forward and backward.
+    Values of the authors' configuration: Adam betas (0.5, 0.9), lr 3.6e-5, batch 1, accumulation 2, clips of 16 x 256 x
+    256. Theirs adds LPIPS and, from step 50,001, a patch discriminator; both need outside weights or a second optimizer
+    and are not here, so expect softer reconstructions. Cost: 9.1 TFLOP a sample forward and backward.
     """
 
     data: Data = SKY
@@ -49,25 +59,26 @@ class LVDMVideoVAE(Recipe):
 class LVDMVideoVAETiny(LVDMVideoVAE):
     """Twin of lvdm-video-vae: 0.32 M parameters, 32-pixel crops of the synthetic sky, five minutes on two cores.
 
-    kl_weight 1e-4 (reference 0): it keeps the latents near unit variance, which the short training of the denoiser needs.
-    Expected: 31 dB PSNR on held-out clips.
+    kl_weight 1e-4 (reference 0): it keeps the latents near unit variance, which the short training of the denoiser
+    needs. Expected: 31 dB PSNR on held-out clips.
     """
 
     data: Data = FrameFolders(num_frames=16, resolution=32, spatial_transform="random_crop")
     system: System = Autoencoding(autoencoder=TINY_VAE, loss="l1", kl_weight=1e-4)
     optim: Optim = AdamW(lr=2e-3, betas=(0.5, 0.9), weight_decay=0.0, schedule=Schedule(name="cosine", warmup_steps=30))
-    loop: Loop = Loop(max_steps=1200, global_batch=4, micro_batch=4, seed=23)
-    validation: Validation = Validation(every=200, sample_every=600)
-    checkpoint: Checkpoint = Checkpoint(every=400)
+    loop: Loop = Loop(max_steps=4000, global_batch=4, micro_batch=4, seed=23)
+    validation: Validation = Validation(every=500, sample_every=2000)
+    checkpoint: Checkpoint = Checkpoint(every=1000)
 
 
 @register("lvdm-short-sky")
 class LVDMShortSky(Recipe):
     """Unconditional LVDM on Sky Timelapse: the UNet (548.9 M parameters) learns, the 3D autoencoder stays frozen.
 
-    Values of PaddleMIX's train_lvdm_short_sky.sh. Paper: FVD 95.2 (16 frames, 256 x 256); an independent run of the published
-    weights gave 318.7. Weights: hub Yingqing/LVDM, lvdm_short/short_sky.ckpt and ae/ae_sky.ckpt.
-    Cost: 1.08 TFLOP a sample for the denoiser and its gradients, 0.19 for the encoder; the authors' configuration is for 32 GPUs.
+    Values of PaddleMIX's train_lvdm_short_sky.sh. Paper: FVD 95.2 (16 frames, 256 x 256); an independent run of the
+    published weights gave 318.7. Weights: hub Yingqing/LVDM, lvdm_short/short_sky.ckpt and ae/ae_sky.ckpt.
+    Cost: 1.08 TFLOP a sample for the denoiser and its gradients, 0.19 for the encoder; the authors' configuration is
+    for 32 GPUs.
     """
 
     data: Data = SKY
@@ -87,8 +98,8 @@ class LVDMShortSky(Recipe):
 class LVDMShortSkyTiny(LVDMShortSky):
     """Twin of lvdm-short-sky: 1.4 M parameters on the synthetic sky at 64 x 64, about three minutes on two cores.
 
-    v-prediction with MSE (reference: epsilon with L1) learns moving clouds in minutes; epsilon needs hours. eta 0 for the same
-    reason. Expected: Fréchet distance at most twice that of a second real sample.
+    v-prediction with MSE (reference: epsilon with L1) learns moving clouds in minutes; epsilon needs hours. eta 0 for
+    the same reason. Expected: Fréchet distance at most twice that of a second real sample.
     """
 
     data: Data = FrameFolders(num_frames=16, resolution=64)

@@ -17,9 +17,12 @@ class Autoencoder(Slot):
     """Its name in checkpoints, and its folder in an export."""
 
     weights: str | None = None
-    """Trained weights: a folder, a checkpoint file, a hub id, run:<id> or shipped:<name>. Needed wherever it is frozen."""
+    """Trained weights: a folder, a checkpoint file, a hub id, run:<id> or shipped:<name>. Needed wherever it is frozen.
+    """
     source: str = ""
     """Where weights for it were published; shown when they are missing."""
+    fetch: str = ""
+    """The command that gets them."""
     scale_factor: float | None = None
     """Latents are scale * (z + shift). None: the constants stored with the weights."""
     shift_factor: float | None = None
@@ -39,7 +42,8 @@ class Autoencoder(Slot):
 class VideoVAE(Autoencoder):
     """The 3D KL autoencoder of LVDM (arXiv 2211.13221): 4x in time, 8x8 in space, 4 latent channels."""
 
-    source: str = "hub: Yingqing/LVDM, file ae/ae_sky.ckpt"
+    source: str = "the authors' checkpoint ae/ae_sky.ckpt, hub Yingqing/LVDM"
+    fetch: str = "hf download Yingqing/LVDM ae/ae_sky.ckpt --local-dir weights/lvdm"
     n_hiddens: int = 32
     """Width; the encoder ends at 8 times this."""
     downsample: tuple[int, int, int] = (4, 8, 8)

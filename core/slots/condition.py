@@ -1,4 +1,6 @@
-"""Condition slots: what a denoiser is told besides the noisy sample (text, embeddings, a low-resolution clip, a first frame)."""
+"""Condition slots: what a denoiser is told besides the noisy sample (text, embeddings, a low-resolution clip, a first
+frame).
+"""
 
 from __future__ import annotations
 

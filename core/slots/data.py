@@ -13,6 +13,11 @@ if TYPE_CHECKING:
 class Data(Slot):
     """Where samples come from, and how a clip is cut from them."""
 
+    source: str = ""
+    """Where the data were published; shown when they are missing."""
+    fetch: str = ""
+    """The command that gets them."""
+
     def build(self) -> Any:
         """The map-style dataset (`data.samples.Samples`). Raises UserError when the files are not there."""
         raise NotImplementedError

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
 
 class Schedule(Slot):
-    """Learning rate over updates, by the names of diffusers' `get_scheduler`, and `multistep`. A function of the step alone."""
+    """Learning rate over updates, by the names of diffusers' `get_scheduler`, and `multistep`. A function of the step
+    alone.
+    """
 
     name: Literal[
         "constant",
@@ -130,4 +132,6 @@ class AdamW(Optim):
     def build(self, groups: list[dict[str, object]], fused: bool) -> Optimizer:
         from torch.optim import AdamW as TorchAdamW
 
-        return TorchAdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay, fused=fused)
+        return TorchAdamW(
+            groups, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay, fused=fused
+        )

@@ -25,5 +25,8 @@ class Parallel(Slot):
         replicate = self.replicate if self.replicate is not None else max(world // self.shard, 1)
         if replicate * self.shard != world:
             fits = ", ".join(f"{world // s} x {s}" for s in range(1, world + 1) if world % s == 0)
-            raise UserError(f"parallel: replicate {replicate} x shard {self.shard} needs {replicate * self.shard} ranks, there are {world}; what fits: {fits}")
+            raise UserError(
+                f"parallel: replicate {replicate} x shard {self.shard} needs {replicate * self.shard} ranks, "
+                f"there are {world}; what fits: {fits}"
+            )
         return replicate, self.shard

@@ -58,9 +58,12 @@ def register(name: str) -> Callable[[R], R]:
     def enter(cls: R) -> R:
         known = RECIPES.get(name, cls)
         if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(f"two recipes are called {name!r}: {known.__module__}.{known.__qualname__} and {cls.__module__}.{cls.__qualname__}")
+            first, second = (f"{c.__module__}.{c.__qualname__}" for c in (known, cls))
+            raise ValueError(f"two recipes are called {name!r}: {first} and {second}")
         if not (cls.__doc__ or "").strip():
-            raise ValueError(f"recipe {name!r} has no docstring: say what it trains, from which paper, and what it costs")
+            raise ValueError(
+                f"recipe {name!r} has no docstring: say what it trains, from which paper, and what it costs"
+            )
         cls.name = name
         RECIPES[name] = cls
         return cls

@@ -1,4 +1,5 @@
-"""The one pattern behind every recipe: a frozen, typed dataclass that checks itself, varies by `but`, and goes to JSON and back.
+"""The one pattern behind every recipe: a frozen, typed dataclass that checks itself, varies by `but`, and goes to JSON
+and back.
 
 A recipe is a composition of slots. Plain dataclasses would let several mistakes pass silently, so the base closes them:
 an override without its annotation, an attribute that is no field, a string where a number belongs, a list as a default.
@@ -37,7 +38,9 @@ class Slot:
         dataclasses.dataclass(frozen=True, kw_only=True)(cls)
         known = Slot.by_name.setdefault(cls.__name__, cls)
         if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise TypeError(f"two slot classes are called {cls.__name__}: {known.__module__} and {cls.__module__}; rename one")
+            raise TypeError(
+                f"two slot classes are called {cls.__name__}: {known.__module__} and {cls.__module__}; rename one"
+            )
         Slot.by_name[cls.__name__] = cls
 
     def __post_init__(self) -> None:
@@ -75,7 +78,9 @@ S = typing.TypeVar("S", bound=Slot)
 
 
 def named_like(old: Slot, new: S) -> S:
-    """`new`, with the name of `old` where that has one of its own: a recipe read from a file that is no longer registered."""
+    """`new`, with the name of `old` where that has one of its own: a recipe read from a file that is no longer
+    registered.
+    """
     if "name" in vars(old) and "name" not in field_types(type(old)):
         object.__setattr__(new, "name", vars(old)["name"])
     return new
@@ -97,14 +102,18 @@ def _refuse_silent_overrides(cls: type) -> None:
         if isinstance(value, (property, functools.cached_property)) and name not in inherited:
             continue
         hint = did_you_mean(name, inherited) if name not in inherited else ""
-        raise TypeError(f"{cls.__name__}.{name} has no type annotation, so it would be ignored: write `{name}: <type> = ...`{hint}")
+        raise TypeError(
+            f"{cls.__name__}.{name} has no type annotation, so it would be ignored: write `{name}: <type> = ...`{hint}"
+        )
 
 
 _FIELD_TYPES: dict[type, dict[str, Any]] = {}
 
 
 def field_types(cls: type[Slot]) -> dict[str, Any]:
-    """Field name → type, in order, with string annotations resolved. Kept a class: resolving takes longer than all the rest."""
+    """Field name → type, in order, with string annotations resolved. Kept a class: resolving takes longer than all the
+    rest.
+    """
     if cls not in _FIELD_TYPES:
         hints = typing.get_type_hints(cls)
         _FIELD_TYPES[cls] = {field.name: hints[field.name] for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
@@ -116,7 +125,14 @@ def field_types(cls: type[Slot]) -> dict[str, Any]:
 
 def describe_type(hint: Any) -> str:
     """A type as a person would say it: `a number`, `one of 'l1', 'mse'`, `a Denoiser`."""
-    plain = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", Path: "a path", type(None): "None"}
+    plain = {
+        bool: "True or False",
+        int: "a whole number",
+        float: "a number",
+        str: "a text",
+        Path: "a path",
+        type(None): "None",
+    }
     if hint in plain:
         return plain[hint]
     origin, args = get_origin(hint), get_args(hint)
@@ -125,7 +141,9 @@ def describe_type(hint: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(describe_type(a) for a in args)
     if origin is tuple:
-        return "a tuple of " + (f"{describe_type(args[0])} each" if args[-1] is ... else ", ".join(map(describe_type, args)))
+        return "a tuple of " + (
+            f"{describe_type(args[0])} each" if args[-1] is ... else ", ".join(map(describe_type, args))
+        )
     return f"a {hint.__name__} ({', '.join(subclass_names(hint))})" if _is_slot(hint) else str(hint)
 
 
@@ -149,7 +167,9 @@ def fit(hint: Any, value: Any) -> Any:
     if origin is Literal:
         if any(value == a and type(value) is type(a) for a in args):
             return value
-        raise ValueError(describe_type(hint) + (did_you_mean(value, [str(a) for a in args]) if isinstance(value, str) else ""))
+        raise ValueError(
+            describe_type(hint) + (did_you_mean(value, [str(a) for a in args]) if isinstance(value, str) else "")
+        )
     return _fit_plain(hint, value)
 
 
@@ -219,12 +239,19 @@ def _slot_from_json(hint: Any, value: dict[str, Any], where: str) -> Slot:
     cls = Slot.by_name.get(str(value["is"]))
     if cls is None or not any(issubclass(cls, kind) for kind in kinds):
         allowed = [name for kind in kinds for name in subclass_names(kind)]
-        raise SlotError(f"{where}: no slot class {value['is']!r} here{did_you_mean(str(value['is']), allowed)}; known are {', '.join(allowed)}")
+        raise SlotError(
+            f"{where}: no slot class {value['is']!r} here{did_you_mean(str(value['is']), allowed)}; "
+            f"known are {', '.join(allowed)}"
+        )
     hints = field_types(cls)
     given = {name: v for name, v in value.items() if name != "is"}
     unknown, missing = sorted(given.keys() - hints.keys()), sorted(hints.keys() - given.keys())
     if unknown or missing:
-        parts = [f"{word} {', '.join(names)}" for word, names in (("unknown field", unknown), ("missing field", missing)) if names]
+        parts = [
+            f"{word} {', '.join(names)}"
+            for word, names in (("unknown field", unknown), ("missing field", missing))
+            if names
+        ]
         raise SlotError(f"{where} ({cls.__name__}): {'; '.join(parts)}")
     return cls(**{name: from_json(hints[name], v, f"{where}.{name}") for name, v in given.items()})
 
@@ -239,9 +266,13 @@ def _tuple_from_json(hint: Any, value: list[Any], where: str) -> tuple[Any, ...]
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Leaves of a slot by dotted path; the class of every nested slot stands under its own path: `{"optim": "AdamW", "optim.lr": 6e-05}`."""
+    """Leaves of a slot by dotted path; the class of every nested slot stands under its own path: `{"optim": "AdamW",
+    "optim.lr": 6e-05}`.
+    """
     if isinstance(value, tuple) and any(isinstance(v, Slot) for v in value):
-        return {k: v for i, item in enumerate(value) for k, v in flatten(item, f"{prefix}.{i}").items()} | {prefix: f"{len(value)} parts"}
+        return {k: v for i, item in enumerate(value) for k, v in flatten(item, f"{prefix}.{i}").items()} | {
+            prefix: f"{len(value)} parts"
+        }
     if not isinstance(value, Slot):
         return {prefix: value}
     leaves = {prefix: type(value).__name__} if prefix else {}

@@ -1,4 +1,6 @@
-"""Autoencoding: the first stage, reconstruction + KL. Its latents' shift and scale are measured and kept with the weights."""
+"""Autoencoding: the first stage, reconstruction + KL. Its latents' shift and scale are measured and kept with the
+weights.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,12 @@ class AutoencodingSystem(System):
     def evaluate(self, batch: Batch, draw: Draw) -> Logs:
         decoded, reconstruction, kl = self._parts(batch, draw)
         quality = 10.0 * torch.log10(4.0 / LOSSES["mse"](decoded, batch["pixel_values"]))  # dB; the peak is 2
-        return {"loss": reconstruction + self.slot.kl_weight * kl, "reconstruction": reconstruction, "kl": kl, "psnr": quality}
+        return {
+            "loss": reconstruction + self.slot.kl_weight * kl,
+            "reconstruction": reconstruction,
+            "kl": kl,
+            "psnr": quality,
+        }
 
     @torch.no_grad()
     def reconstruct(self, batch: Batch, draw: Draw) -> Tensor:

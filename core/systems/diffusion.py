@@ -43,7 +43,9 @@ class DiffusionSystem(System):
 
     @torch.no_grad()
     def latents(self, video: Tensor, draw: Draw) -> Tensor:
-        """Pixels (B, 3, T, H, W) → latents (B, C, T', H', W') in fp32, a sample of the posterior; pixels where there is no autoencoder."""
+        """Pixels (B, 3, T, H, W) → latents (B, C, T', H', W') in fp32, a sample of the posterior; pixels where there is
+        no autoencoder.
+        """
         vae = self.autoencoder
         if vae is None:
             return video

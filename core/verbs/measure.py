@@ -1,4 +1,6 @@
-"""`measure-latents`: shift and scale of an autoencoder's latents on a dataset, so that latents have mean 0 and deviation 1."""
+"""`measure-latents`: shift and scale of an autoencoder's latents on a dataset, so that latents have mean 0 and
+deviation 1.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +19,14 @@ from core.validate import fixed_keys
 from core.weights.load import load_component, locate
 
 
-def measure_latents(recipe: Recipe, *, clips: int = 256, weights: str | None = None, device: str = "auto", write: bool = False) -> dict[str, float]:
-    """`scale_factor` and `shift_factor` over `clips` training clips: shift = -mean, scale = 1 / deviation of posterior samples.
+def measure_latents(
+    recipe: Recipe, *, clips: int = 256, weights: str | None = None, device: str = "auto", write: bool = False
+) -> dict[str, float]:
+    """`scale_factor` and `shift_factor` over `clips` training clips: shift = -mean, scale = 1 / deviation of posterior
+    samples.
 
-    `weights` overrides the recipe's (a run id or output directory of an autoencoder recipe, say). With `write` the constants are
-    stored in the config.json beside the weights, where training finds them.
+    `weights` overrides the recipe's (a run id or output directory of an autoencoder recipe, say). With `write` the
+    constants are stored in the config.json beside the weights, where training finds them.
     """
     autoencoder = getattr(recipe.system, "autoencoder", None)
     spec = weights or (autoencoder.weights if autoencoder else None)
@@ -54,6 +59,8 @@ def _moments(vae: torch.nn.Module, recipe: Recipe, clips: int, here: torch.devic
 def _write(path: Path, constants: dict[str, float]) -> None:
     config = path / "config.json"
     if not config.is_file():
-        raise UserError(f"{path} has no config.json to write the constants into: pass them as --system.autoencoder.scale-factor and .shift-factor")
+        raise UserError(
+            f"{path} has no config.json to write the constants into: pass them as "
+            "--system.autoencoder.scale-factor and --system.autoencoder.shift-factor"
+        )
     config.write_text(json.dumps(json.loads(config.read_text()) | constants, indent=2) + "\n")
-

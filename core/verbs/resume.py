@@ -11,7 +11,9 @@ from core.verbs.run import run
 
 
 def resume(where: str, launch: Launch, max_steps: int | None = None, argv: Sequence[str] = ()) -> int:
-    """Go on with the run at `where` (output directory or run id), to `max_steps` updates if given. Returns the exit code."""
+    """Go on with the run at `where` (output directory or run id), to `max_steps` updates if given. Returns the exit
+    code.
+    """
     folder = find_run(where, launch.store)
     recipe = load((folder / "recipe.json").read_text(), str(folder / "recipe.json"))
     if max_steps is not None:

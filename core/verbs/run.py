@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-
 from typing import TYPE_CHECKING
 
 from core.slots import Launch, Recipe
@@ -46,7 +45,8 @@ def _say(result: Result, given: str | None) -> None:
         print(f"  go on with  python -m registry resume {out}")
     else:
         print(f"  weights     {out / 'export'}")
-    print(f"  MLflow      {store}; see it with: python -m registry ui{'' if store == store_uri() else f' --store {store}'}")
+    where = "" if store == store_uri() else f" --store {store}"
+    print(f"  MLflow      {store}; see it with: python -m registry ui{where}")
 
 
 def spawn(recipe: Recipe, launch: Launch, argv: Sequence[str]) -> int:
@@ -54,5 +54,15 @@ def spawn(recipe: Recipe, launch: Launch, argv: Sequence[str]) -> int:
     from core.preflight import preflight
 
     preflight(recipe)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={launch.nproc}", "-m", "--", "registry", *argv]  # torchrun would read our --nproc as its own
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={launch.nproc}",
+        "-m",
+        "--",
+        "registry",
+        *argv,
+    ]  # torchrun would read our --nproc as its own
     return subprocess.call(command)

@@ -52,7 +52,13 @@ def sample(
         write_mp4(out / f"clip-{i:03d}.mp4", enlarged(clip), fps)
     write_gif(out / "grid.gif", enlarged(tiled(frames)), fps)
     sheet(frames).save(out / "sheet.png")
-    made = {"checkpoint": str(found), "seed": seed, "steps": sampler.num_inference_steps, "averaged": averaged, "clips": num}
+    made = {
+        "checkpoint": str(found),
+        "seed": seed,
+        "steps": sampler.num_inference_steps,
+        "averaged": averaged,
+        "clips": num,
+    }
     (out / "samples.json").write_text(json.dumps(made, indent=1))
     return out
 
@@ -64,4 +70,3 @@ def load_trained(system: System, found: Path, here: Ranks, averaged: bool) -> bo
     if averaged:
         checkpoint.load(found, {f"ema.{name}": p.detach() for name, p in system.trained.named_parameters()}, here)
     return averaged
-

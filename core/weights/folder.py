@@ -13,7 +13,9 @@ NAME = "diffusion_pytorch_model.safetensors"
 
 
 def write_folder(module: Any, folder: Path, state: Mapping[str, Tensor]) -> Path:
-    """Write the configuration of a diffusers `module` with the weights `state` (its own `save_pretrained` takes none). Returns the weights' path."""
+    """Write the configuration of a diffusers `module` with the weights `state` (its own `save_pretrained` takes none).
+    Returns the weights' path.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     module.save_config(folder)
     return write_weights(folder, state)

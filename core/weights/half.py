@@ -1,6 +1,6 @@
 """Store an exported network in fp16: half the size, for weights that ship with the project.
 
-    python -m core.weights.half runs/vae/export/vae core/weights/shipped/lvdm-video-vae-tiny
+python -m core.weights.half runs/vae/export/vae core/weights/shipped/lvdm-video-vae-tiny
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from core.weights.folder import NAME, write_weights
 
 
 def halve(source: Path, target: Path) -> int:
-    """Copy the diffusers folder `source` to `target` with its floating tensors in fp16. Returns the bytes of the weights."""
+    """Copy the diffusers folder `source` to `target` with its floating tensors in fp16. Returns the bytes of the
+    weights.
+    """
     target.mkdir(parents=True, exist_ok=True)
     state = {k: t.half() if t.is_floating_point() else t for k, t in load_file(source / NAME).items()}
     worst = max((t.abs().max().item() for t in state.values()), default=0.0)

@@ -1,17 +1,19 @@
-"""Trained weights into a module, wherever they are named: a folder, a checkpoint file, a hub id, `run:<id>`, `shipped:<name>`."""
+"""Trained weights into a module, wherever they are named: a folder, a checkpoint file, a hub id, `run:<id>`,
+`shipped:<name>`.
+"""
 
 from __future__ import annotations
 
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from core.errors import UserError, did_you_mean
-from core.weights.lvdm import load_strict, original_state
+from core.weights.lvdm import Part, load_strict, original_state
 
 SHIPPED = Path(__file__).parent / "shipped"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)*")
@@ -31,11 +33,14 @@ def locate(spec: str, component: str) -> Path:
         return _component(path, component)
     if HUB_ID.fullmatch(spec) and not spec.startswith((".", "/")):
         return _component(_from_hub(spec), component)
-    raise UserError(f"weights {spec!r}: there is no such file or folder, and it is no hub id, run:<id> or shipped:<name>")
+    raise UserError(
+        f"weights {spec!r}: there is no such file or folder, and it is no hub id, run:<id> or shipped:<name>"
+    )
 
 
 def load_component(module: nn.Module, spec: str, component: str) -> dict[str, Any]:
-    """Load the weights that `spec` names into `module`, every tensor accounted for. Returns the config stored with them (may be empty).
+    """Load the weights that `spec` names into `module`, every tensor accounted for. Returns the config stored with them
+    (may be empty).
 
     Raises UserError for missing, unused or misshapen tensors.
     """
@@ -43,7 +48,7 @@ def load_component(module: nn.Module, spec: str, component: str) -> dict[str, An
     if path.is_dir():
         state, config = _diffusers_state(path), _config(path)
     else:
-        state, config = original_state(path, component), {}
+        state, config = original_state(path, cast(Part, component)), {}
     load_strict(module, state)
     return config
 
@@ -52,7 +57,10 @@ def _shipped(name: str) -> Path:
     folder = SHIPPED / name
     known = [p.name for p in SHIPPED.iterdir() if p.is_dir()] if SHIPPED.is_dir() else []
     if name not in known:
-        raise UserError(f"weights shipped:{name}: there is none of that name{did_you_mean(name, known)}; shipped are {', '.join(known)}")
+        raise UserError(
+            f"weights shipped:{name}: there is none of that name{did_you_mean(name, known)}; "
+            f"shipped are {', '.join(known)}"
+        )
     return folder
 
 

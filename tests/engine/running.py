@@ -39,11 +39,19 @@ def run_here(recipe: Recipe, out: Path, store: str, **launch) -> Result:
     return train(recipe, Launch(output_dir=out, store=store, device="cpu", **launch))
 
 
-def registry(*words: str, cwd: Path, env: dict[str, str] | None = None, timeout: float = 240, nproc: int = 0) -> subprocess.CompletedProcess:
+def registry(
+    *words: str, cwd: Path, env: dict[str, str] | None = None, timeout: float = 240, nproc: int = 0
+) -> subprocess.CompletedProcess:
     """`python -m registry …` as a person runs it; with `nproc`, under torchrun."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"] if nproc else [sys.executable]
+    launcher = (
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
+        if nproc
+        else [sys.executable]
+    )
     variables = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"} | (env or {})
-    return subprocess.run([*launcher, "-m", "registry", *words], cwd=cwd, env=variables, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(
+        [*launcher, "-m", "registry", *words], cwd=cwd, env=variables, capture_output=True, text=True, timeout=timeout
+    )
 
 
 def journal(out: Path) -> list[dict]:

@@ -35,7 +35,9 @@ def numbers(step, modules, optimizer):
 def test_a_checkpoint_brings_back_every_bit(tmp_path):
     modules, optimizer, ema = trained(3)
     kept = {k: v.clone() for k, v in checkpoint.tensors(modules, optimizer, ema).items()}
-    path = checkpoint.save(tmp_path, checkpoint.tensors(modules, optimizer, ema), numbers(3, modules, optimizer), HERE, None)
+    path = checkpoint.save(
+        tmp_path, checkpoint.tensors(modules, optimizer, ema), numbers(3, modules, optimizer), HERE, None
+    )
 
     other, other_optimizer, other_ema = trained(0)
     checkpoint.materialise(other, other_optimizer, checkpoint.numbers_of(path)["optimizer_steps"])
@@ -48,14 +50,18 @@ def test_a_checkpoint_brings_back_every_bit(tmp_path):
 
 def test_only_tensors_and_plain_json_are_written(tmp_path):
     modules, optimizer, ema = trained(1)
-    path = checkpoint.save(tmp_path, checkpoint.tensors(modules, optimizer, ema), numbers(1, modules, optimizer), HERE, None)
+    path = checkpoint.save(
+        tmp_path, checkpoint.tensors(modules, optimizer, ema), numbers(1, modules, optimizer), HERE, None
+    )
     assert {p.suffix for p in path.iterdir()} == {".safetensors", ".json"}
 
 
 def test_the_newest_are_kept_and_a_half_written_one_does_not_count(tmp_path):
     modules, optimizer, ema = trained(1)
     for step in (5, 10, 15):
-        checkpoint.save(tmp_path, checkpoint.tensors(modules, optimizer, ema), numbers(step, modules, optimizer), HERE, 2)
+        checkpoint.save(
+            tmp_path, checkpoint.tensors(modules, optimizer, ema), numbers(step, modules, optimizer), HERE, 2
+        )
     assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["step-00000015", "step-00000010"]
     (tmp_path / "step-00000020").mkdir()
     (tmp_path / ".partial-step-00000025").mkdir()
@@ -65,13 +71,17 @@ def test_the_newest_are_kept_and_a_half_written_one_does_not_count(tmp_path):
 
 def test_a_checkpoint_of_another_network_is_refused_by_name(tmp_path):
     modules, optimizer, ema = trained(1)
-    path = checkpoint.save(tmp_path, checkpoint.tensors(modules, optimizer, ema), numbers(1, modules, optimizer), HERE, None)
+    path = checkpoint.save(
+        tmp_path, checkpoint.tensors(modules, optimizer, ema), numbers(1, modules, optimizer), HERE, None
+    )
     other = nn.ModuleDict({"unet": nn.Sequential(nn.Linear(4, 7))})
     with pytest.raises(UserError, match="does not fit this recipe"):
         checkpoint.load(path, checkpoint.tensors(other, None, None), HERE)
 
 
-@pytest.mark.parametrize(("text", "says"), [("{", "cannot be read"), ("[]", "cannot be read"), (json.dumps({"format": 99}), "newer version")])
+@pytest.mark.parametrize(
+    ("text", "says"), [("{", "cannot be read"), ("[]", "cannot be read"), (json.dumps({"format": 99}), "newer version")]
+)
 def test_damaged_or_newer_numbers_are_refused(tmp_path, text, says):
     (tmp_path / "state.json").write_text(text)
     with pytest.raises(UserError, match=says):

@@ -11,7 +11,12 @@ from core.draw import Draw
 def test_micro_batches_draw_what_the_whole_batch_draws(seed, step, split):
     whole = Draw.training(seed, step, range(6), 6)
     parts = [Draw.training(seed, step, range(i, min(i + split, 6)), 6) for i in range(0, 6, split)]
-    for draw in (lambda d: d.noise((2, 3)), lambda d: d.uniform("t"), lambda d: d.integers(1000, "t"), lambda d: d.quantiles()):
+    for draw in (
+        lambda d: d.noise((2, 3)),
+        lambda d: d.uniform("t"),
+        lambda d: d.integers(1000, "t"),
+        lambda d: d.quantiles(),
+    ):
         assert torch.equal(draw(whole), torch.cat([draw(part) for part in parts]))
 
 

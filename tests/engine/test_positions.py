@@ -72,7 +72,9 @@ def test_the_ranks_share_out_the_update_without_overlap(shape):
 def test_the_samples_of_an_update_do_not_depend_on_the_micro_batch(shape):
     n, micro, ranks, accumulation, seed = shape
     total = micro * ranks * accumulation
-    assert walk(Plan(Numbered(n), seed, total, micro), Position(), 3) == walk(Plan(Numbered(n), seed, total, total), Position(), 3)
+    assert walk(Plan(Numbered(n), seed, total, micro), Position(), 3) == walk(
+        Plan(Numbered(n), seed, total, total), Position(), 3
+    )
 
 
 def test_another_seed_or_epoch_is_another_order():

@@ -42,7 +42,9 @@ CASES = {
 def test_a_schedule_equals_that_of_diffusers(name):
     ours, options = CASES[name]
     optim = AdamW(lr=0.5, schedule=Schedule(name=name, **ours))
-    assert [learning_rate(optim, s, TOTAL) for s in range(TOTAL)] == pytest.approx(theirs(name, **options), rel=1e-9, abs=1e-12)
+    assert [learning_rate(optim, s, TOTAL) for s in range(TOTAL)] == pytest.approx(
+        theirs(name, **options), rel=1e-9, abs=1e-12
+    )
 
 
 def test_multistep_multiplies_at_each_milestone():

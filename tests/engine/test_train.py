@@ -7,7 +7,6 @@ import shutil
 import signal
 import threading
 import time
-from pathlib import Path
 
 import av
 import numpy as np
@@ -24,7 +23,17 @@ from core.slots import AdamW, Launch, ParamGroup
 from core.train import train
 from tests.engine.running import TWINS, journal, losses, run_here, short
 
-NAMES = {"loss", "lr", "grad_norm", "time/step_s", "time/data_share", "samples_per_s", "memory_gb", "skipped_samples", "nonfinite_steps"}
+NAMES = {
+    "loss",
+    "lr",
+    "grad_norm",
+    "time/step_s",
+    "time/data_share",
+    "samples_per_s",
+    "memory_gb",
+    "skipped_samples",
+    "nonfinite_steps",
+}
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +49,15 @@ def finished(sky, _migrated_store, tmp_path_factory):
 @pytest.mark.parametrize("name", TWINS)
 def test_a_run_leaves_recipe_log_metrics_checkpoints_samples_and_an_export(finished, name):
     out = finished[0][name].output_dir
-    assert {p.name for p in out.iterdir()} == {"recipe.json", "run.json", "run.log", "metrics.jsonl", "checkpoints", "samples", "export"}
+    assert {p.name for p in out.iterdir()} == {
+        "recipe.json",
+        "run.json",
+        "run.log",
+        "metrics.jsonl",
+        "checkpoints",
+        "samples",
+        "export",
+    }
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step-00000004", "step-00000006"]
     assert sorted(p.name for p in (out / "samples").iterdir()) == ["step-00000003", "step-00000006"]
 
@@ -61,7 +78,11 @@ def test_mlflow_has_params_tags_data_metrics_pictures_clips_and_the_state_finish
     run = client.get_run(result.run_id)
     assert run.info.status == "FINISHED"
     assert run.data.params["optim.lr"] == "0.0015" and run.data.params["system.denoiser"] == "LVDMShortUNet"
-    assert run.data.tags["recipe"] == "lvdm-short-sky-tiny" and run.data.tags["host"] and json.loads(run.data.tags["versions"])["torch"]
+    assert (
+        run.data.tags["recipe"] == "lvdm-short-sky-tiny"
+        and run.data.tags["host"]
+        and json.loads(run.data.tags["versions"])["torch"]
+    )
     contexts = {tag.value: item.dataset.digest for item in run.inputs.dataset_inputs for tag in item.tags}
     assert contexts.keys() == {"training", "validation"} and len(set(contexts.values())) == 2
     history = client.get_metric_history(result.run_id, "loss")
@@ -100,7 +121,9 @@ def test_a_resumed_run_has_bit_for_bit_the_losses_of_an_undisturbed_one(finished
     (out / "run.json").unlink()
     shutil.rmtree(out / "checkpoints" / "step-00000006")
     before = len(journal(out))
-    recipe = short(name, sky, "--validation.every 3 --validation.sample-every 3 --checkpoint.every 2 --checkpoint.keep 2")
+    recipe = short(
+        name, sky, "--validation.every 3 --validation.sample-every 3 --checkpoint.every 2 --checkpoint.keep 2"
+    )
     result = train(recipe, Launch(resume=str(out), store=store, device="cpu"))
     again = {line["step"]: line for line in journal(out)[before:] if "loss" in line}
     assert result.step == 6 and again.keys() == {5, 6}
@@ -112,19 +135,30 @@ def test_a_resumed_run_has_bit_for_bit_the_losses_of_an_undisturbed_one(finished
 def test_losses_depend_neither_on_the_micro_batch_nor_on_the_workers(sky, store, tmp_path):
     by = {}
     for key, more in {"a": "--batch-size 4", "b": "--batch-size 1", "c": "--batch-size 2 --num-workers 2"}.items():
-        by[key] = losses(run_here(short("lvdm-short-sky-tiny", sky, more + " --max-steps 3"), tmp_path / key, store).output_dir)
+        by[key] = losses(
+            run_here(short("lvdm-short-sky-tiny", sky, more + " --max-steps 3"), tmp_path / key, store).output_dir
+        )
     assert by["b"] == pytest.approx(by["a"], rel=1e-4) and by["c"] == pytest.approx(by["a"], rel=1e-4)
 
 
 def test_another_seed_is_another_run_and_the_same_seed_the_same(sky, store, tmp_path):
-    runs = [losses(run_here(short("lvdm-short-sky-tiny", sky, f"--max-steps 2 --seed {s}"), tmp_path / str(i), store).output_dir) for i, s in enumerate((1, 1, 2))]
+    runs = [
+        losses(
+            run_here(
+                short("lvdm-short-sky-tiny", sky, f"--max-steps 2 --seed {s}"), tmp_path / str(i), store
+            ).output_dir
+        )
+        for i, s in enumerate((1, 1, 2))
+    ]
     assert runs[0] == runs[1] != runs[2]
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_low_precision_trains_with_fp32_weights_and_about_the_same_loss(sky, store, tmp_path, precision):
     full = losses(run_here(short("lvdm-short-sky-tiny", sky, "--max-steps 3"), tmp_path / "full", store).output_dir)
-    out = run_here(short("lvdm-short-sky-tiny", sky, f"--max-steps 3 --precision {precision}"), tmp_path / precision, store).output_dir
+    out = run_here(
+        short("lvdm-short-sky-tiny", sky, f"--max-steps 3 --precision {precision}"), tmp_path / precision, store
+    ).output_dir
     assert losses(out) == pytest.approx(full, rel=0.03) and losses(out) != full
     saved = load_file(next((out / "checkpoints" / "step-00000003").glob("*.safetensors")))
     assert {t.dtype for t in saved.values()} == {torch.float32}
@@ -132,7 +166,11 @@ def test_low_precision_trains_with_fp32_weights_and_about_the_same_loss(sky, sto
 
 def test_activation_checkpointing_changes_no_loss(sky, store, tmp_path):
     plain = run_here(short("lvdm-short-sky-tiny", sky, "--max-steps 3"), tmp_path / "plain", store)
-    less = run_here(short("lvdm-short-sky-tiny", sky, "--max-steps 3 --loop.activation-checkpointing True"), tmp_path / "less", store)
+    less = run_here(
+        short("lvdm-short-sky-tiny", sky, "--max-steps 3 --loop.activation-checkpointing True"),
+        tmp_path / "less",
+        store,
+    )
     assert losses(less.output_dir) == losses(plain.output_dir)
 
 
@@ -155,7 +193,11 @@ def test_a_parameter_group_has_its_own_rate_and_a_pattern_without_match_is_an_er
 
 
 def test_updates_that_are_not_finite_are_skipped_counted_and_stop_the_run_after_too_many(sky, store, tmp_path):
-    recipe = short("lvdm-short-sky-tiny", sky, "--lr 1e30 --optim.schedule.name constant --optim.schedule.warmup-steps 0 --loop.max-nonfinite 2 --max-steps 9")
+    recipe = short(
+        "lvdm-short-sky-tiny",
+        sky,
+        "--lr 1e30 --optim.schedule.name constant --optim.schedule.warmup-steps 0 --loop.max-nonfinite 2 --max-steps 9",
+    )
     with pytest.raises(UserError, match=r"2 updates in a row are not finite.*--lr"):
         run_here(recipe, tmp_path / "run", store)
     run_id = json.loads((tmp_path / "run" / "run.json").read_text())["run_id"]
@@ -168,11 +210,17 @@ def test_bad_samples_are_named_in_the_log_counted_and_stop_the_run_above_the_sha
     for clip in sorted((tmp_path / "sky" / "train").glob("*/*"))[:1]:
         for frame in clip.iterdir():
             frame.write_bytes(frame.read_bytes()[:300])
-    out = run_here(short("lvdm-short-sky-tiny", tmp_path / "sky", "--data.max-bad-share 0.9"), tmp_path / "run", store).output_dir
+    out = run_here(
+        short("lvdm-short-sky-tiny", tmp_path / "sky", "--data.max-bad-share 0.9"), tmp_path / "run", store
+    ).output_dir
     assert journal(out)[-2]["skipped_samples"] >= 1 or any(line.get("skipped_samples", 0) >= 1 for line in journal(out))
     assert "skipped" in (out / "run.log").read_text() and clip.name in (out / "run.log").read_text()
     with pytest.raises(UserError, match=r"could not be read, more than data.max_bad_share = 0.0"):
-        run_here(short("lvdm-short-sky-tiny", tmp_path / "sky", "--data.max-bad-share 0.0 --max-steps 30"), tmp_path / "strict", store)
+        run_here(
+            short("lvdm-short-sky-tiny", tmp_path / "sky", "--data.max-bad-share 0.0 --max-steps 30"),
+            tmp_path / "strict",
+            store,
+        )
 
 
 def test_sigterm_finishes_the_update_saves_and_marks_the_run_killed(sky, store, tmp_path):
@@ -200,7 +248,9 @@ def test_resume_refuses_a_recipe_that_learns_something_else_and_says_which_field
 
 def test_init_from_starts_from_the_weights_of_another_run(finished, sky, store, tmp_path):
     source = finished[0]["lvdm-short-sky-tiny"].output_dir
-    out = run_here(short("lvdm-short-sky-tiny", sky, "--max-steps 1 --lr 1e-20"), tmp_path / "run", store, init_from=str(source)).output_dir
+    out = run_here(
+        short("lvdm-short-sky-tiny", sky, "--max-steps 1 --lr 1e-20"), tmp_path / "run", store, init_from=str(source)
+    ).output_dir
     exported = load_file(source / "export" / "unet" / "diffusion_pytorch_model.safetensors")
     saved = load_file(next(out.glob("checkpoints/*/*.safetensors")))
     for name, tensor in exported.items():
