@@ -341,7 +341,9 @@ def _tell(error: Exception, debug: bool) -> None:
         import traceback
 
         traceback.print_exception(error)
-    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    from core.errors import Screen
+
+    print("error: " + (str(error) if isinstance(error, Screen) else " ".join(str(error).split())), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,10 @@ class UserError(Exception):
     """
 
 
+class Screen(UserError):
+    """A UserError that needs several lines, because several things are wrong at once; printed as it is."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`" (did you mean 'lvdm-short-sky'?)"` for a near miss, or an empty string."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.55)

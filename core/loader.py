@@ -40,7 +40,10 @@ def batches(dataset: Any, keys: Iterable[list[Key]], *, workers: int, pin: bool)
         pin_memory=pin,
         generator=torch.Generator().manual_seed(0),
     )
-    return iter(loader)
+    try:
+        yield from loader
+    except UserError as error:  # from a worker process it comes wrapped in the worker's traceback
+        raise UserError(str(error).rstrip().splitlines()[-1].removeprefix("core.errors.UserError: ")) from None
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

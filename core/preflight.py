@@ -7,17 +7,17 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from core.errors import UserError
+from core.errors import Screen, UserError
 from core.slots import Autoencoder, Data, Recipe, Slot
 from core.slots.slot import field_types
 
 
 def preflight(recipe: Recipe) -> None:
-    """Raise UserError that names every missing field, its published source and the command that goes on."""
+    """Raise a Screen that names every missing field, its published source and the command that goes on."""
     missing = [*_missing_weights(recipe), *_missing_data(recipe)]
     if missing:
         twin = f"{recipe.name}-tiny" if not recipe.name.endswith("-tiny") else recipe.name
-        raise UserError(
+        raise Screen(
             f"{recipe.name} cannot start, {len(missing)} thing{'s are' if len(missing) > 1 else ' is'} missing:\n"
             + "\n".join(f"  {n}. {text}" for n, text in enumerate(missing, 1))
             + f"\nWithout them: `python -m registry run {twin}` trains the tiny twin, "

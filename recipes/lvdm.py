@@ -29,7 +29,7 @@ SKY = FrameFolders(
     split="train",
     num_frames=16,
     resolution=256,
-    source="Sky Timelapse: github.com/weixiong-ur/mdgan; a sample of it, made for LVDM, is fetched by",
+    source="Sky Timelapse, github.com/weixiong-ur/mdgan; the command gets a small sample in the same layout",
     fetch=(
         "mkdir -p datasets && cd datasets && curl -LO https://paddlenlp.bj.bcebos.com/models/community/westfish/"
         "lvdm_datasets/sky_timelapse_lvdm.zip && unzip sky_timelapse_lvdm.zip"
