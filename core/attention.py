@@ -107,6 +107,15 @@ def set_attention(module: nn.Module, backend: str) -> None:
             part.attention_backend = backend  # type: ignore[assignment]
 
 
+def choose_attention(module: nn.Module, wanted: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Set the back end `wanted` on the whole module, or "sdpa" (with one warning) where a head width of it fails."""
+    widths = {part.head_dim for part in module.modules() if hasattr(part, "attention_backend")}
+    found = (resolve_backend(wanted, device, dtype, int(width)) for width in sorted(widths))  # type: ignore[arg-type]
+    chosen = next((name for name in found if name != wanted), wanted)
+    set_attention(module, chosen)
+    return chosen
+
+
 def relative_rows(frames: int, reach: int, device: torch.device | None = None) -> Tensor:
     """Table row of query i and key j, clip(j - i, -reach, reach) + reach (arXiv 1803.02155, section 3.2), as (T, T)
     int64.

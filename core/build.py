@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
+from core.attention import choose_attention
 from core.distributed import Ranks, spread
 from core.ema import EMA
 from core.errors import UserError
 from core.outputs import checkpoint_of, default_run_name, find_run, output_dir, prepare, refuse_other_recipe
-from core.precision import Scaler
+from core.precision import DTYPES, Scaler
 from core.preflight import frozen_parts
 from core.recipe_file import dump, load
 from core.slots import Launch, Optim, Recipe
@@ -58,7 +60,8 @@ def build(recipe: Recipe, launch: Launch, here: Ranks) -> Built:
     if launch.init_from:
         for name, module in system.trained.items():
             load_component(module, launch.init_from, name)
-    system.to(here.device).mode(training=True)
+    place(system, recipe, here)
+    system.mode(training=True)
     prepare_blocks(system, recipe.loop.activation_checkpointing, recipe.loop.compile)
     spread(system, here.mesh)
     groups = parameter_groups(system.trained, recipe.optim)
@@ -122,6 +125,15 @@ def _decide(recipe: Recipe, launch: Launch) -> tuple[Path, str, Path | None]:
     prepare(folder, launch.overwrite)
     (folder / "recipe.json").write_text(dump(recipe))
     return folder, run_name, None
+
+
+def place(system: System, recipe: Recipe, here: Ranks) -> None:
+    """Move a system to the device and choose its attention there; rank 0 says when it is not the one asked for."""
+    system.to(here.device)
+    with warnings.catch_warnings():
+        if not here.first:
+            warnings.simplefilter("ignore")
+        choose_attention(system.trained, recipe.system.attention, here.device, DTYPES[recipe.loop.precision])
 
 
 def load_frozen(recipe: Recipe, system: System) -> None:

@@ -25,7 +25,7 @@ from core.slots import (
 from data.slots import FrameFolders
 
 SKY = FrameFolders(
-    root=Path("datasets/sky_timelapse_lvdm"),
+    root=Path("datasets/sky_timelapse"),
     split="train",
     num_frames=16,
     resolution=256,
@@ -106,17 +106,17 @@ class LVDMShortSkyTiny(LVDMShortSky):
     system: System = Diffusion(
         autoencoder=TINY_VAE.but(weights="shipped:lvdm-video-vae-tiny"),
         denoiser=LVDMShortUNet(
-            model_channels=32, channel_mult=(1, 2, 2), num_res_blocks=1, attention_resolutions=(1, 2, 4)
+            model_channels=32, channel_mult=(1, 2, 2), num_res_blocks=1, attention_resolutions=(1, 2, 4), num_heads=2
         ),
         objective=Objective(prediction_type="v_prediction", loss="mse", beta_start=0.0015, beta_end=0.0155),
     )
     optim: Optim = AdamW(
-        lr=1.5e-3,
+        lr=4e-3,
         weight_decay=0.01,
         max_grad_norm=1.0,
         schedule=Schedule(name="cosine", warmup_steps=30),
         ema=EMA(decay=0.995),
     )
-    loop: Loop = Loop(max_steps=1400, global_batch=8, micro_batch=8, seed=23)
-    validation: Validation = Validation(every=200, sample_every=700, batch_size=8, num_samples=4, metric_clips=64)
-    checkpoint: Checkpoint = Checkpoint(every=500)
+    loop: Loop = Loop(max_steps=1800, global_batch=8, micro_batch=8, seed=23)
+    validation: Validation = Validation(every=300, sample_every=900, batch_size=8, num_samples=4, metric_clips=64)
+    checkpoint: Checkpoint = Checkpoint(every=600)

@@ -147,7 +147,7 @@ class STAttentionBlock(nn.Module):
     def __init__(self, channels: int, heads: int, reach: int | None, frame_positions: bool, groups: int) -> None:
         super().__init__()
         self.heads, self.frame_positions = heads, frame_positions
-        self.attention_backend = "sdpa"
+        self.attention_backend, self.head_dim = "sdpa", channels // heads
         self.norm_s, self.norm_t = GroupNorm(groups, channels), PixelNorm(groups, channels)
         self.qkv_s, self.qkv_t = TokenConv(channels, 3 * channels), nn.Conv1d(channels, 3 * channels, 1)
         if reach is not None:

@@ -8,13 +8,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from core.attention import set_attention
 from core.draw import Draw
 from core.objective import LOSSES, NoiseSchedule
 from core.precision import DTYPES, no_autocast
 from core.sampling import sample
 from core.slots import DDIM, Diffusion, Sampler
 from core.systems import Batch, Logs, System
+
+
+ENCODED = 2
+"""Clips encoded at a time: memory stays bounded, and oneDNN convolves 8 small clips at once five times slower (121 ms
+instead of 22 for 8 clips of 16 x 64 x 64 on two cores)."""
 
 
 class DiffusionSystem(System):
@@ -31,7 +35,6 @@ class DiffusionSystem(System):
         self.schedule = NoiseSchedule(
             objective.beta_start, objective.beta_end, objective.beta_schedule, objective.num_train_timesteps
         )
-        set_attention(self.denoiser, slot.attention)
 
     @property
     def autoencoder(self) -> nn.Module | None:
@@ -49,9 +52,10 @@ class DiffusionSystem(System):
         vae = self.autoencoder
         if vae is None:
             return video
+        noise = draw.noise(self._latent_shape(video.shape[2:]), "posterior").to(_dtype(vae))
         with no_autocast(video.device):
-            posterior = vae.encode(video.to(_dtype(vae)))  # type: ignore[operator]
-            z = posterior.sample(draw.noise(posterior.mean.shape[1:], "posterior").to(posterior.mean.dtype))
+            parts = zip(video.to(_dtype(vae)).split(ENCODED), noise.split(ENCODED), strict=True)
+            z = torch.cat([vae.encode(clips).sample(part) for clips, part in parts])  # type: ignore[operator]
             return vae.to_latents(z).float()  # type: ignore[operator, no-any-return]
 
     @torch.no_grad()
@@ -89,7 +93,7 @@ class DiffusionSystem(System):
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[str], clip: tuple[int, int, int], sampler: Sampler, draw: Draw) -> Tensor:
-        shape = (self.slot.denoiser.in_channels, *self._latent_size(clip))
+        shape = self._latent_shape(clip)
         latents = sample(
             lambda x_t, t: self.denoiser(x_t, t).float(),
             draw.noise(shape, "initial"),
@@ -100,10 +104,10 @@ class DiffusionSystem(System):
         )
         return self.pixels(latents)
 
-    def _latent_size(self, clip: tuple[int, int, int]) -> tuple[int, int, int]:
-        """Pixel (T, H, W) → latent (T', H', W'), by the autoencoder's own factors."""
+    def _latent_shape(self, clip: Sequence[int]) -> tuple[int, ...]:
+        """Pixel (T, H, W) → latent (C, T', H', W'), by the autoencoder's own factors."""
         vae = self.autoencoder
-        return clip if vae is None else vae.latent_shape(*clip)[1:]  # type: ignore[operator, no-any-return]
+        return (3, *clip) if vae is None else vae.latent_shape(*clip)  # type: ignore[operator, no-any-return]
 
     @torch.no_grad()
     def reconstruct(self, batch: Batch, draw: Draw) -> Tensor | None:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from core import checkpoint
-from core.build import load_frozen
+from core.build import load_frozen, place
 from core.distributed import Ranks, choose_device
 from core.errors import UserError
 from core.media import enlarged, sheet, tiled, to_uint8, write_gif, write_mp4
@@ -41,7 +41,8 @@ def sample(
     system = recipe.system.build()
     load_frozen(recipe, system)
     averaged = load_trained(system, found, here, averaged=recipe.optim.ema is not None and not raw)
-    system.to(here.device).mode(training=False)
+    place(system, recipe, here)
+    system.mode(training=False)
     sampler = recipe.validation.sampler if steps is None else recipe.validation.sampler.but(num_inference_steps=steps)
     clips = generate(system, recipe, sampler, num, here, seed)
     if clips is None:

@@ -40,7 +40,9 @@ def test_two_processes_replicated_or_sharded_give_the_losses_and_weights_of_one(
 
 def test_nproc_starts_the_processes_itself_and_rank_0_alone_talks(sky, store, tmp_path):
     words = flags("lvdm-short-sky-tiny", sky, f"{LENGTH} --batch-size 1")
-    done = registry("run", *words, "--nproc", "2", "--output-dir", str(tmp_path / "run"), "--store", store, cwd=tmp_path)
+    done = registry(
+        "run", *words, "--nproc", "2", "--output-dir", str(tmp_path / "run"), "--store", store, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stderr.count("from step 0 of 4, 2 x cpu") == 1 and done.stdout.count("finished at step 4") == 1
     assert losses(tmp_path / "run").keys() == {1, 2, 3, 4}

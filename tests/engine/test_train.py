@@ -164,6 +164,22 @@ def test_low_precision_trains_with_fp32_weights_and_about_the_same_loss(sky, sto
     assert {t.dtype for t in saved.values()} == {torch.float32}
 
 
+def test_every_attention_back_end_trains_alike_and_one_that_does_not_work_here_falls_back_with_a_warning(
+    sky, store, tmp_path
+):
+    by = {}
+    for name in ("sdpa", "eager", "flash"):
+        recipe = short("lvdm-short-sky-tiny", sky, f"--max-steps 2 --system.attention {name}")
+        by[name] = losses(run_here(recipe, tmp_path / name, store).output_dir)
+    assert by["eager"] == pytest.approx(by["sdpa"], rel=1e-5) and by["flash"] == pytest.approx(by["sdpa"], rel=1e-5)
+    with pytest.warns(UserWarning, match="attention 'xformers' does not work on cpu.*sdpa is used"):
+        out = run_here(
+            short("lvdm-short-sky-tiny", sky, "--max-steps 2 --system.attention xformers"), tmp_path / "x", store
+        ).output_dir
+    assert losses(out) == by["sdpa"]
+    assert "attention" not in (out / "export" / "unet" / "config.json").read_text().replace("attention_resolutions", "")
+
+
 def test_activation_checkpointing_changes_no_loss(sky, store, tmp_path):
     plain = run_here(short("lvdm-short-sky-tiny", sky, "--max-steps 3"), tmp_path / "plain", store)
     less = run_here(

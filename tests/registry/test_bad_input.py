@@ -40,7 +40,14 @@ def test_a_slip_of_the_keyboard_gets_the_right_word_in_one_line(tmp_path, store,
 
 def test_a_fresh_clone_without_weights_and_data_gets_one_screen_with_sources_and_commands(tmp_path):
     done = registry("run", "lvdm-short-sky", "--lr", "6e-5", cwd=tmp_path)
-    refused(done, "system.autoencoder.weights", "hf download Yingqing/LVDM", "data.root", "sky_timelapse", "lvdm-short-sky-tiny")
+    refused(
+        done,
+        "system.autoencoder.weights",
+        "hf download Yingqing/LVDM",
+        "data.root",
+        "sky_timelapse",
+        "lvdm-short-sky-tiny",
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -68,12 +75,17 @@ def test_clips_shorter_than_asked_for_are_counted_with_the_longest(tmp_path, sky
 def test_a_read_only_output_directory_is_one_line(tmp_path, sky):
     folder = tmp_path / "locked"
     folder.mkdir(mode=0o555)
-    one_line(registry("run", *flags("lvdm-short-sky-tiny", sky), "--output-dir", str(folder / "run"), cwd=tmp_path), "cannot write")
+    one_line(
+        registry("run", *flags("lvdm-short-sky-tiny", sky), "--output-dir", str(folder / "run"), cwd=tmp_path),
+        "cannot write",
+    )
 
 
 def test_an_output_directory_that_cannot_be_made_is_one_line(tmp_path, sky):
     (tmp_path / "file").write_text("in the way")
-    done = registry("run", *flags("lvdm-short-sky-tiny", sky), "--output-dir", str(tmp_path / "file" / "run"), cwd=tmp_path)
+    done = registry(
+        "run", *flags("lvdm-short-sky-tiny", sky), "--output-dir", str(tmp_path / "file" / "run"), cwd=tmp_path
+    )
     one_line(done, "--output-dir", "cannot write there")
 
 
@@ -98,8 +110,12 @@ def test_a_recipe_file_that_does_not_fit_is_one_line(tmp_path, change, says):
 
 def test_weights_that_are_nowhere_and_weights_of_another_network_are_one_line_each(tmp_path, sky):
     base = flags("lvdm-short-sky-tiny", sky)
-    one_line(registry("run", *base, "--system.autoencoder.weights", "weights/none.ckpt", cwd=tmp_path), "weights/none.ckpt")
+    one_line(
+        registry("run", *base, "--system.autoencoder.weights", "weights/none.ckpt", cwd=tmp_path), "weights/none.ckpt"
+    )
     wrong = registry("run", *base, "--system.autoencoder.n-hiddens", "8", cwd=tmp_path)
     one_line(wrong, "misshapen", "VideoAutoencoder")
-    gone = registry("run", *base, "--system.autoencoder.weights", "someone/model", cwd=tmp_path, env={"HF_HUB_OFFLINE": "1"})
+    gone = registry(
+        "run", *base, "--system.autoencoder.weights", "someone/model", cwd=tmp_path, env={"HF_HUB_OFFLINE": "1"}
+    )
     one_line(gone, "hf download someone/model")
