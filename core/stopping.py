@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+STOPS = (signal.SIGTERM, signal.SIGINT)
+"""The signals that ask for a polite end; the first wins where ranks were sent different ones."""
 
 
 class Stop:
@@ -24,7 +28,10 @@ class Stop:
 def asked_to_stop() -> Iterator[Stop]:
     """Within: SIGTERM and SIGINT set `stop.signal` instead of ending the process."""
     stop = Stop()
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield stop
+        return
+    before = {number: signal.signal(number, stop) for number in STOPS}
     try:
         yield stop
     finally:

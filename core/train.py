@@ -34,7 +34,7 @@ from core.profiling import profiler
 from core.report import Report
 from core.schedules import learning_rate
 from core.slots import Launch, Recipe
-from core.stopping import Stop, asked_to_stop
+from core.stopping import STOPS, Stop, asked_to_stop
 
 
 @dataclass
@@ -85,10 +85,12 @@ def _run(recipe: Recipe, built: Built, here: Ranks, report: Report, stop: Stop) 
         workers=loop.num_workers,
         pin=here.device.type == "cuda",
     )
-    window = Window()
+    window, asked = Window(), 0
+    saved_at = progress.step if built.checkpoint else None
     report.begin(progress.step, built.total_steps)
     with profiler(loop.profile, report.folder, here) as profile:
         while progress.step < built.total_steps:
+            began = time.perf_counter()
             lr = learning_rate(recipe.optim, progress.step, built.total_steps)
             for group in built.optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
@@ -96,14 +98,15 @@ def _run(recipe: Recipe, built: Built, here: Ranks, report: Report, stop: Stop) 
             asked = _update(recipe, built, here, progress, loss, logs, window, stop.signal or 0)
             progress.step += 1
             _, progress.position = plan.update(progress.position)
-            window.updates += 1
+            window.end_update(time.perf_counter() - began)
             profile.step()
 
-            if progress.step % loop.log_every == 0 or progress.step == built.total_steps:
+            last = asked or progress.step == built.total_steps
+            if last or _due(progress.step, loop.log_every):
                 report.metrics(window.values(lr, loop.global_batch, skipped, progress, here), progress.step)
                 window = Window()
             report.step(progress.step)
-            if asked or progress.step == built.total_steps:
+            if last:
                 break
             if _due(progress.step, recipe.validation.every):
                 report.validate(system, built)
@@ -111,10 +114,12 @@ def _run(recipe: Recipe, built: Built, here: Ranks, report: Report, stop: Stop) 
                 report.sample(system, built)
             if _due(progress.step, recipe.checkpoint.every):
                 save(recipe, built, here, progress, skipped, report.folder)
+                saved_at = progress.step
 
-    save(recipe, built, here, progress, skipped, report.folder)
+    if saved_at != progress.step:
+        save(recipe, built, here, progress, skipped, report.folder)
     if asked:
-        return Result(report.folder, report.run_id, progress.step, {}, signal=int(asked))
+        return Result(report.folder, report.run_id, progress.step, {}, signal=asked)
     metrics = report.validate(system, built) | report.sample(system, built, final=True)
     report.export(system, built)
     return Result(report.folder, report.run_id, progress.step, metrics)
@@ -159,15 +164,16 @@ def _update(
     logs: dict[str, Tensor],
     window: Window,
     asked: int,
-) -> float:
+) -> int:
     """Clip and step, unless loss or gradient is not finite. Returns the signal that some rank was sent, or 0."""
     if progress.step == 0:
         _every_parameter_has_a_gradient(built)
     gradients = [p.grad for p in built.parameters if p.grad is not None]
     norm = full(get_total_norm(gradients, foreach=True)) / built.scaler.scale
-    values = torch.stack([loss, norm.float(), torch.full_like(loss, asked), *logs.values()])
+    stops = [torch.full_like(loss, asked == number) for number in STOPS]
+    values = torch.stack([loss, norm.float(), *stops, *logs.values()])
     # the one device-to-host synchronisation of an update; the norm is global already, its mean over ranks is itself
-    loss_value, norm_value, stop, *rest = here.mean(values).tolist()
+    loss_value, norm_value, terminated, interrupted, *rest = here.mean(values).tolist()
     finite = math.isfinite(loss_value) and math.isfinite(norm_value)
     if finite:
         limit = recipe.optim.max_grad_norm
@@ -190,7 +196,7 @@ def _update(
             f"{progress.nonfinite_in_a_row} updates in a row are not finite. "
             "Lower --lr, set --optim.max-grad-norm, or take --precision bf16 or fp32"
         )
-    return stop
+    return next((number for number, on in zip(STOPS, (terminated, interrupted), strict=True) if on), 0)
 
 
 def _every_parameter_has_a_gradient(built: Built) -> None:
@@ -205,9 +211,14 @@ class Window:
     """Sums over the updates since the last log."""
 
     def __init__(self) -> None:
-        self.updates, self.data_s, self.began = 0, 0.0, time.perf_counter()
+        self.updates, self.seconds, self.data_s = 0, 0.0, 0.0
         self.sums: dict[str, float] = {}
         self.counted = 0
+
+    def end_update(self, seconds: float) -> None:
+        """An update is done. Only updates are timed: validation, samples and checkpoints are not in the rates."""
+        self.updates += 1
+        self.seconds += seconds
 
     def add(self, loss: float, grad_norm: float, logs: dict[str, float]) -> None:
         """Account for one update that was applied."""
@@ -219,14 +230,13 @@ class Window:
         self, lr: float, global_batch: int, skipped: Skipped, progress: Progress, here: Ranks
     ) -> dict[str, float]:
         """The metrics of the window. Without an applied update loss and norm are NaN."""
-        seconds = time.perf_counter() - self.began
         nothing = {"loss": math.nan, "grad_norm": math.nan}
         values = {name: value / self.counted for name, value in self.sums.items()} if self.counted else nothing
         return values | {
             "lr": lr,
-            "time/step_s": seconds / max(self.updates, 1),
-            "time/data_share": self.data_s / seconds,
-            "samples_per_s": self.updates * global_batch / seconds,
+            "time/step_s": self.seconds / self.updates,
+            "time/data_share": self.data_s / self.seconds,
+            "samples_per_s": self.updates * global_batch / self.seconds,
             "memory_gb": memory_gb(here.device),
             "skipped_samples": float(skipped.skipped),
             "nonfinite_steps": float(progress.nonfinite),

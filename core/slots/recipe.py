@@ -60,7 +60,7 @@ def register(name: str) -> Callable[[R], R]:
         if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             first, second = (f"{c.__module__}.{c.__qualname__}" for c in (known, cls))
             raise ValueError(f"two recipes are called {name!r}: {first} and {second}")
-        if not (cls.__doc__ or "").strip():
+        if (cls.__doc__ or "").strip().startswith(f"{cls.__name__}("):  # what dataclasses put where there is none
             raise ValueError(
                 f"recipe {name!r} has no docstring: say what it trains, from which paper, and what it costs"
             )

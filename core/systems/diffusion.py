@@ -15,7 +15,6 @@ from core.sampling import sample
 from core.slots import DDIM, Diffusion, Sampler
 from core.systems import Batch, Logs, System
 
-
 ENCODED = 2
 """Clips encoded at a time: memory stays bounded, and oneDNN convolves 8 small clips at once five times slower (121 ms
 instead of 22 for 8 clips of 16 x 64 x 64 on two cores)."""

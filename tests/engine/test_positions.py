@@ -39,7 +39,7 @@ def test_every_sample_is_seen_exactly_once_an_epoch(shape):
     n, micro, ranks, accumulation, seed = shape
     plan = Plan(Numbered(n), seed, micro * ranks * accumulation, micro)
     updates, _ = walk(plan, Position(), 2 * n)
-    seen = [(key.epoch, key.index) for key in chain(*updates)]
+    seen = [(key.epoch, key.item) for key in chain(*updates)]
     last = seen[-1][0]
     for epoch in range(last):
         assert sorted(i for e, i in seen if e == epoch) == list(range(n))
@@ -78,10 +78,10 @@ def test_the_samples_of_an_update_do_not_depend_on_the_micro_batch(shape):
 
 
 def test_another_seed_or_epoch_is_another_order():
-    plan = lambda seed: [k.index for k in Plan(Numbered(30), seed, 30, 30).update(Position())[0]]  # noqa: E731
+    plan = lambda seed: [k.item for k in Plan(Numbered(30), seed, 30, 30).update(Position())[0]]  # noqa: E731
     assert plan(1) != plan(2)
     first, second = walk(Plan(Numbered(30), 1, 30, 30), Position(), 2)[0]
-    assert [k.index for k in first] != [k.index for k in second]
+    assert [k.item for k in first] != [k.item for k in second]
 
 
 def test_a_far_position_costs_no_replay():

@@ -16,6 +16,7 @@ SIZES = [
     "system.denoiser.model_channels",
     "system.denoiser.channel_mult",
     "system.denoiser.num_res_blocks",
+    "system.denoiser.num_heads",
     "system.denoiser.attention_resolutions",
     "loop.global_batch",
     "loop.micro_batch",
@@ -26,8 +27,11 @@ SIZES = [
 ]
 PATHS = [
     "data.root",
+    "data.source",
+    "data.fetch",
     "system.autoencoder.weights",
     "system.autoencoder.source",
+    "system.autoencoder.fetch",
     "system.autoencoder.scale_factor",  # a constant of the weights
     "system.autoencoder.shift_factor",
 ]
