@@ -109,8 +109,8 @@ def set_attention(module: nn.Module, backend: str) -> None:
 
 def choose_attention(module: nn.Module, wanted: str, device: torch.device, dtype: torch.dtype) -> str:
     """Set the back end `wanted` on the whole module, or "sdpa" (with one warning) where a head width of it fails."""
-    widths = {part.head_dim for part in module.modules() if hasattr(part, "attention_backend")}
-    found = (resolve_backend(wanted, device, dtype, int(width)) for width in sorted(widths))  # type: ignore[arg-type]
+    widths = {vars(part)["head_dim"] for part in module.modules() if hasattr(part, "attention_backend")}
+    found = (resolve_backend(wanted, device, dtype, width) for width in sorted(widths))
     chosen = next((name for name in found if name != wanted), wanted)
     set_attention(module, chosen)
     return chosen

@@ -92,7 +92,7 @@ def test_an_output_directory_that_cannot_be_made_is_one_line(tmp_path, sky):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda d: d | {"format": 99}, ["newer", "upgrade"]),
+        (lambda d: d | {"format": 99}, ["format 99", "upgrade"]),
         (lambda d: d | {"fields": d["fields"] | {"optimm": 1}}, ["optimm"]),
         (lambda d: d | {"fields": {k: v for k, v in d["fields"].items() if k != "loop"}}, ["loop"]),
         (lambda d: "nonsense", ["recipe.json"]),

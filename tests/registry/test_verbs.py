@@ -9,6 +9,7 @@ import sys
 import time
 import tomllib
 import urllib.request
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -230,7 +231,9 @@ def test_ui_says_when_its_port_is_taken(store, capsys):
 def test_ui_serves_the_store_until_it_is_interrupted(store):
     port = free_port()
     words = [sys.executable, "-m", "registry", "ui", "--store", store, "--port", str(port)]
-    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+    reset = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # ignored in what a shell starts in the background
+    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    with subprocess.Popen(words, cwd=ROOT, preexec_fn=reset, **quiet) as process:
         try:
             assert f"http://127.0.0.1:{port}" in process.stdout.readline()
             assert answers(f"http://127.0.0.1:{port}/health", 120)
