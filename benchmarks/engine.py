@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import statistics
 import tempfile
@@ -41,7 +43,8 @@ def rows() -> list[Row]:
 def _engine(recipe: Recipe) -> list[float]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
-        train(recipe, Launch(output_dir=out, store=f"sqlite:///{folder}/mlflow.db"))
+        with contextlib.redirect_stderr(io.StringIO()):  # the run's own lines
+            train(recipe, Launch(output_dir=out, store=f"sqlite:///{folder}/mlflow.db"))
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [line["time/step_s"] for line in lines if "time/step_s" in line][WARM:]
 

@@ -6,8 +6,10 @@ metrics are appended to `metrics.jsonl` in the output directory first.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
+import math
 import os
 import platform
 import queue
@@ -33,6 +35,13 @@ if TYPE_CHECKING:
 PARAM_LIMIT = 6000
 """Characters of a value that MLflow keeps; longer ones are whole in recipe.json."""
 DEFAULT_STORE = "sqlite:///runs/mlflow.db"
+LINGER = 1.0
+"""Seconds that metrics wait for more, so that they travel together."""
+
+Point = tuple[dict[str, float], int, int]
+"""Numbers by name, step, milliseconds since 1970."""
+Item = Callable[[], None] | Point | None
+"""What the tracker's thread is handed: a call, metrics, or None at the end."""
 
 
 def store_uri(given: str | None = None) -> str:
@@ -95,9 +104,7 @@ class Tracker:
     def __init__(self, client: MlflowClient, run_id: str, journal: Path) -> None:
         self.client, self.run_id = client, run_id
         self._journal = journal.open("a", buffering=1)
-        self._queue: queue.Queue[Callable[[], None] | tuple[dict[str, float], int, int] | None] = queue.Queue(
-            maxsize=100_000
-        )
+        self._queue: queue.Queue[Item] = queue.Queue(maxsize=100_000)
         self._thread = threading.Thread(target=self._ship, name="mlflow", daemon=True)
         self._warned = False
         self._thread.start()
@@ -134,29 +141,49 @@ class Tracker:
             )
         self._journal.close()
 
-    def _put(self, item: Callable[[], None] | tuple[dict[str, float], int, int] | None) -> None:
+    def _put(self, item: Item) -> None:
         try:
             self._queue.put_nowait(item)
         except queue.Full:
             self._complain("the queue is full")
 
     def _ship(self) -> None:
-        while (item := self._queue.get()) is not None:
-            try:
-                if isinstance(item, tuple):
-                    self._ship_metrics(item)
-                else:
-                    item()
-            except Exception as error:  # noqa: BLE001  any failure of the store is reported, none may stop the training
-                self._complain(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        """The thread. Metrics wait up to LINGER seconds for company: a transaction a second, not one an update."""
+        points: list[Point] = []
+        deadline, item = math.inf, self._queue.get()
+        while True:
+            if isinstance(item, tuple):
+                deadline = min(deadline, time.monotonic() + LINGER)
+                points.append(item)
+            if points and (not isinstance(item, tuple) or time.monotonic() >= deadline):
+                self._try(functools.partial(self._ship_metrics, points))
+                points, deadline = [], math.inf
+            if item is None:
+                return
+            if callable(item):
+                self._try(item)
+            item = self._next(deadline)
 
-    def _ship_metrics(self, first: tuple[dict[str, float], int, int]) -> None:
-        """Send the metrics that wait, in batches of at most 1,000 (MLflow's limit)."""
+    def _next(self, deadline: float) -> Item:
+        """The next item, or an empty step to ship what waits when none comes before the deadline."""
+        try:
+            return self._queue.get(timeout=None if deadline == math.inf else max(0.0, deadline - time.monotonic()))
+        except queue.Empty:
+            return lambda: None
+
+    def _try(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as error:  # noqa: BLE001  any failure of the store is reported, none may stop the training
+            self._complain(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+
+    def _ship_metrics(self, points: list[Point]) -> None:
+        """Send metrics in batches of at most 1,000, MLflow's limit."""
         from mlflow.entities import Metric
 
-        values, step, now = first
-        batch = [Metric(k, v, now, step) for k, v in values.items()]
-        self.client.log_batch(self.run_id, metrics=batch)
+        metrics = [Metric(k, v, now, step) for values, step, now in points for k, v in values.items()]
+        for start in range(0, len(metrics), 1000):
+            self.client.log_batch(self.run_id, metrics=metrics[start : start + 1000])
 
     def _complain(self, why: str) -> None:
         if not self._warned:

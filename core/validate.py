@@ -98,7 +98,11 @@ def reconstructions(system: System, dataset: Any, recipe: Recipe, ranks: Ranks) 
 
 
 def frechet(generated: Tensor, training: Any, held_out: Any, recipe: Recipe) -> dict[str, float]:
-    """The Fréchet distance of generated clips to held-out ones, beside its trivial baselines, by `val/frechet…`."""
+    """The Fréchet distance of generated clips to held-out ones, beside its trivial baselines, by `val/frechet…`.
+
+    `val/frechet_clips` is how many held-out clips there were: with a handful all these numbers are mostly bias.
+    """
     count, workers = len(generated), recipe.loop.num_workers
-    report = frechet_report(generated, real_clips(held_out, count, workers), real_clips(training, count, workers))
-    return {f"val/{name}": value for name, value in report.items()}
+    real = real_clips(held_out, count, workers)
+    report = frechet_report(generated, real, real_clips(training, count, workers))
+    return {f"val/{name}": value for name, value in report.items()} | {"val/frechet_clips": float(len(real))}
