@@ -136,8 +136,7 @@ class Report:
         """End the run as FINISHED, FAILED (with the traceback as an artifact) or KILLED."""
         if error is not None and self.here.first:
             self.bar.note("".join(traceback.format_exception(error)))
-        if self.tracker is not None:
-            self.bar.line(f"{status.lower()} at step {self.now}")
+        self.bar.note(f"{status.lower()} at step {self.now}")
         self.bar.close()
         if self.tracker is not None:
             self.tracker.artifact(self.folder / "run.log")
