@@ -8,7 +8,6 @@ save, leave.
 from __future__ import annotations
 
 import math
-import resource
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -27,6 +26,7 @@ from core.draw import Draw
 from core.errors import UserError
 from core.hashing import hash_of
 from core.loader import Skipped, batches, to_device
+from core.meters import Window
 from core.positions import START, Plan, Position
 from core.precision import autocast
 from core.preflight import preflight
@@ -95,7 +95,7 @@ def _run(recipe: Recipe, built: Built, here: Ranks, report: Report, stop: Stop) 
             for group in built.optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
             loss, logs = _accumulate(recipe, built, here, progress.step, stream, skipped, window, report)
-            asked = _update(recipe, built, here, progress, loss, logs, window, stop.signal or 0)
+            asked = _update(recipe, built, here, progress, loss, logs, window, stop.signal or 0, skipped.skipped)
             progress.step += 1
             _, progress.position = plan.update(progress.position)
             window.end_update(time.perf_counter() - began)
@@ -103,7 +103,7 @@ def _run(recipe: Recipe, built: Built, here: Ranks, report: Report, stop: Stop) 
 
             last = asked or progress.step == built.total_steps
             if last or _due(progress.step, loop.log_every):
-                report.metrics(window.values(lr, loop.global_batch, skipped, progress, here), progress.step)
+                report.metrics(window.values(lr, loop.global_batch, progress.nonfinite, here.device), progress.step)
                 window = Window()
             report.step(progress.step)
             if last:
@@ -164,6 +164,7 @@ def _update(
     logs: dict[str, Tensor],
     window: Window,
     asked: int,
+    skipped: int,
 ) -> int:
     """Clip and step, unless loss or gradient is not finite. Returns the signal that some rank was sent, or 0."""
     if progress.step == 0:
@@ -171,9 +172,10 @@ def _update(
     gradients = [p.grad for p in built.parameters if p.grad is not None]
     norm = full(get_total_norm(gradients, foreach=True)) / built.scaler.scale
     stops = [torch.full_like(loss, asked == number) for number in STOPS]
-    values = torch.stack([loss, norm.float(), *stops, *logs.values()])
+    values = torch.stack([loss, norm.float(), *stops, torch.full_like(loss, skipped), *logs.values()])
     # the one device-to-host synchronisation of an update; the norm is global already, its mean over ranks is itself
-    loss_value, norm_value, terminated, interrupted, *rest = here.mean(values).tolist()
+    loss_value, norm_value, terminated, interrupted, lost, *rest = here.mean(values).tolist()
+    window.skipped = round(lost * here.world)
     finite = math.isfinite(loss_value) and math.isfinite(norm_value)
     if finite:
         limit = recipe.optim.max_grad_norm
@@ -205,49 +207,6 @@ def _every_parameter_has_a_gradient(built: Built) -> None:
         raise UserError(
             f"{len(missing)} trained parameters got no gradient, so they would never learn: {', '.join(missing[:5])}"
         )
-
-
-class Window:
-    """Sums over the updates since the last log."""
-
-    def __init__(self) -> None:
-        self.updates, self.seconds, self.data_s = 0, 0.0, 0.0
-        self.sums: dict[str, float] = {}
-        self.counted = 0
-
-    def end_update(self, seconds: float) -> None:
-        """An update is done. Only updates are timed: validation, samples and checkpoints are not in the rates."""
-        self.updates += 1
-        self.seconds += seconds
-
-    def add(self, loss: float, grad_norm: float, logs: dict[str, float]) -> None:
-        """Account for one update that was applied."""
-        self.counted += 1
-        for name, value in ({"loss": loss, "grad_norm": grad_norm} | logs).items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-
-    def values(
-        self, lr: float, global_batch: int, skipped: Skipped, progress: Progress, here: Ranks
-    ) -> dict[str, float]:
-        """The metrics of the window. Without an applied update loss and norm are NaN."""
-        nothing = {"loss": math.nan, "grad_norm": math.nan}
-        values = {name: value / self.counted for name, value in self.sums.items()} if self.counted else nothing
-        return values | {
-            "lr": lr,
-            "time/step_s": self.seconds / self.updates,
-            "time/data_share": self.data_s / self.seconds,
-            "samples_per_s": self.updates * global_batch / self.seconds,
-            "memory_gb": memory_gb(here.device),
-            "skipped_samples": float(skipped.skipped),
-            "nonfinite_steps": float(progress.nonfinite),
-        }
-
-
-def memory_gb(device: torch.device) -> float:
-    """Peak memory: of the device on CUDA, of this process (resident) on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def save(recipe: Recipe, built: Built, here: Ranks, progress: Progress, skipped: Skipped, folder: Path) -> None:
