@@ -12,7 +12,7 @@ from core.errors import UserError
 from core.media import enlarged, sheet, tiled, to_uint8, write_gif, write_mp4
 from core.outputs import checkpoint_of, find_run
 from core.preflight import writable
-from core.recipe_file import load
+from core.recipe_file import read
 from core.systems import System
 from core.validate import generate
 
@@ -33,7 +33,7 @@ def sample(
     The averaged weights are used where the run has them, unless `raw`. The same seed gives the same clips.
     """
     folder = find_run(where, store)
-    recipe = load((folder / "recipe.json").read_text(), str(folder / "recipe.json"))
+    recipe = read(folder)
     found = checkpoint_of(folder)
     out = output_dir or folder / "samples" / f"{found.name}-seed-{seed}"
     writable(out)

@@ -58,6 +58,10 @@ def test_a_batch_that_does_not_divide_over_the_ranks_is_one_line_that_says_what_
 
 
 def test_a_mesh_that_does_not_fit_says_which_numbers_would():
-    assert Parallel().mesh(4) == (4, 1) and Parallel(shard=2).mesh(4) == (2, 2) and Parallel().mesh(1) == (1, 1)
-    with pytest.raises(UserError, match=r"needs 6 ranks, there are 4; what fits: 4 x 1, 2 x 2, 1 x 4"):
+    assert Parallel().mesh(4) == (4, 1, 1) and Parallel().mesh(1) == (1, 1, 1)
+    assert Parallel(shard=2).mesh(4) == (2, 2, 1) and Parallel(shard=2, sequence=2).mesh(8) == (2, 2, 2)
+    assert Parallel(replicate=2, shard=None).mesh(8) == (2, 4, 1) and Parallel(shard=None).mesh(4) == (1, 4, 1)
+    with pytest.raises(UserError, match=r"needs 6 ranks, there are 4; what fits: 4 x 1 x 1, 2 x 2 x 1, 1 x 4 x 1"):
         Parallel(replicate=3, shard=2).mesh(4)
+    with pytest.raises(UserError, match=r"there are 8; what fits: 4 x 1 x 2, 2 x 2 x 2, 1 x 4 x 2"):
+        Parallel(replicate=3, sequence=2).mesh(8)
