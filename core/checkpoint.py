@@ -141,16 +141,16 @@ def load(checkpoint: Path, state: dict[str, Tensor], ranks: Ranks) -> None:
             load_distributed(
                 state, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=ranks.mesh is None
             )
-    except CheckpointException as error:  # a BaseException; it carries what each rank met
-        causes = [cause for cause, _ in error.failures.values()]
-        raise UserError(_does_not_fit(checkpoint, causes)) from error
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise UserError(_does_not_fit(checkpoint, [error])) from error
+    except (CheckpointException, SafetensorError, OSError, ValueError, KeyError) as error:
+        raise UserError(f"checkpoint {checkpoint}: does not fit this recipe, or is damaged: {reason(error)}") from error
 
 
-def _does_not_fit(checkpoint: Path, causes: list[BaseException]) -> str:
-    reasons = sorted({(str(cause).strip() or type(cause).__name__).splitlines()[0] for cause in causes})
-    return f"checkpoint {checkpoint}: does not fit this recipe, or is damaged: {'; '.join(reasons)}"
+def reason(error: BaseException) -> str:
+    """What happened, in a line. torch's CheckpointException (no Exception, but a BaseException) carries what each rank
+    met.
+    """
+    causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+    return "; ".join(sorted({(str(cause).strip() or type(cause).__name__).splitlines()[0] for cause in causes}))
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
 from core import manifest
-from core.checkpoint import FORMAT, checkpoints, quiet
+from core.checkpoint import FORMAT, checkpoints, quiet, reason
 from core.distributed import Ranks
 from core.files import sync_folder
 
@@ -79,7 +79,7 @@ class Saver:
             try:
                 value = stage(job, found)
             except BaseException as error:  # noqa: BLE001  torch's CheckpointException is no Exception; all are reported
-                met = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+                met = reason(error)
             met_by_rank, found = zip(*self.ranks.collect((met, value)), strict=True)
             failures = sorted({text for text in met_by_rank if text})
             if failures:

@@ -104,6 +104,8 @@ def _updates(
                 group["lr"] = lr * group["lr_scale"]
             sums = _accumulate(recipe, built, here, state, stream, report)
             wishes = _update(recipe, built, here, state, sums, stop.wishes(report.folder if here.first else None))
+            if here.first and (wishes.stop or wishes.save):
+                stop.obeyed(report.folder)
             state.step += 1
             _, state.position = plan.update(state.position)
             state.window.end_update(time.perf_counter() - began)

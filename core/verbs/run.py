@@ -83,7 +83,7 @@ def _hand_signals_to(child: subprocess.Popen[bytes]) -> int:
     def hand_on(number: int, frame: FrameType | None) -> None:
         again = number == signal.SIGINT and signal.SIGINT in got
         got.append(number)
-        for pid in _descendants(child.pid) if again else ():
+        for pid in descendants(child.pid) if again else ():
             os.kill(pid, signal.SIGKILL)
         child.send_signal(signal.SIGKILL if again else number)
 
@@ -96,8 +96,8 @@ def _hand_signals_to(child: subprocess.Popen[bytes]) -> int:
     return 128 + got[0] if got else code
 
 
-def _descendants(pid: int) -> list[int]:
+def descendants(pid: int) -> list[int]:
     """Process ids of all children and their children (proc(5))."""
     children = Path(f"/proc/{pid}/task/{pid}/children")
     direct = [int(word) for word in children.read_text().split()] if children.exists() else []
-    return [*direct, *(deeper for child in direct for deeper in _descendants(child))]
+    return [*direct, *(deeper for child in direct for deeper in descendants(child))]
