@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,16 +25,19 @@ class DiffusionSystem(System):
     """Noise is added to latents z' = scale (z + shift) of posterior samples z; the denoiser learns to take it away."""
 
     def __init__(self, slot: Diffusion) -> None:
-        self.slot, objective = slot, slot.objective
+        self.slot = slot
         self.trained = nn.ModuleDict({slot.denoiser.component: slot.denoiser.build()})
         self.denoiser = self.trained[slot.denoiser.component]
         self.frozen = nn.ModuleDict()
         if slot.autoencoder is not None:
             self.frozen[slot.autoencoder.component] = slot.autoencoder.build().requires_grad_(False).eval()
             self.frozen.to(DTYPES[slot.autoencoder.dtype])
-        self.schedule = NoiseSchedule(
-            objective.beta_start, objective.beta_end, objective.beta_schedule, objective.num_train_timesteps
-        )
+
+    @functools.cached_property
+    def schedule(self) -> NoiseSchedule:
+        """The tables of the noise schedule, made when they are first needed: no part of the modules."""
+        slot = self.slot.objective
+        return NoiseSchedule(slot.beta_start, slot.beta_end, slot.beta_schedule, slot.num_train_timesteps)
 
     @property
     def autoencoder(self) -> nn.Module | None:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from core.distributed import put
 from core.errors import UserError
 
 Part = Literal["unet", "unet_ema", "vae"]
@@ -96,7 +97,8 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     if any(wrong.values()):
         said = "; ".join(f"{len(names)} {what}: {_some(names)}" for what, names in wrong.items() if names)
         raise UserError(f"these weights are not {type(module).__name__}'s ({len(own)} tensors): {said}")
-    module.load_state_dict(state)
+    for name, tensor in own.items():
+        put(tensor, state[name])
 
 
 def _some(names: Mapping[str, Tensor] | list[str]) -> str:

@@ -16,7 +16,9 @@ from mlflow import MlflowClient
 from PIL import Image
 from safetensors.torch import load_file
 
+from core.deferred import recording
 from core.errors import UserError
+from core.fresh import Fresh
 from core.models.lvdm_unet import LVDMUNet
 from core.outputs import find_run
 from core.slots import AdamW, Launch, ParamGroup
@@ -201,8 +203,10 @@ def test_a_parameter_group_has_its_own_rate_and_a_pattern_without_match_is_an_er
     recipe = short("lvdm-short-sky-tiny", sky, "--max-steps 2")
     frozen = recipe.but(optim=recipe.optim.but(groups=(ParamGroup(pattern="time_embed", lr_scale=0.0),), ema=None))
     out = run_here(frozen, tmp_path / "run", store).output_dir
-    torch.manual_seed(recipe.loop.seed)
-    fresh, saved = recipe.system.build().trained.state_dict(), load_file(next(out.glob("checkpoints/*/*.safetensors")))
+    with recording() as tape:
+        trained = recipe.system.build().trained
+    Fresh(tape, trained).fill(trained, recipe.loop.seed, torch.device("cpu"))
+    fresh, saved = trained.state_dict(), load_file(next(out.glob("checkpoints/*/*.safetensors")))
     moved = {name for name in fresh if not torch.equal(fresh[name], saved[f"weights.{name}"])}
     assert moved and not any("time_embed" in name for name in moved)
     wrong = recipe.but(optim=AdamW(groups=(ParamGroup(pattern="nowhere"),)))
