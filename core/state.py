@@ -38,7 +38,7 @@ def save(saver: Saver, recipe: Recipe, built: Built, here: Ranks, state: State) 
         "epoch": state.position.epoch,
         "drawn": state.position.drawn,
         "nonfinite": [state.nonfinite, state.nonfinite_in_a_row],
-        "samples": [state.skipped.read, state.skipped.skipped],
+        "samples": [round(n) for n in here.sum(torch.tensor([state.skipped.read, state.skipped.skipped])).tolist()],
         "scaler": [built.scaler.scale, built.scaler.good_steps],
         "ema_count": built.ema.count if built.ema else None,
         "optimizer_steps": checkpoint.optimizer_steps(built.system.trained, built.optimizer),
@@ -66,7 +66,7 @@ def restore(recipe: Recipe, built: Built, here: Ranks) -> State:
         torch.set_num_threads(numbers["threads"])
     nonfinite, in_a_row = numbers["nonfinite"]
     return State(
-        skipped=Skipped(share, *numbers["samples"]),
+        skipped=Skipped(share, *(numbers["samples"] if here.first else ())),  # counts of all ranks together
         step=numbers["step"],
         position=Position(numbers["epoch"], numbers["drawn"]),
         nonfinite=nonfinite,

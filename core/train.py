@@ -55,6 +55,7 @@ def train(recipe: Recipe, launch: Launch = Launch(), argv: Sequence[str] = ()) -
     preflight(recipe)
     with asked_to_stop(launch.grace) as stop, ranks(recipe.parallel, launch.device, launch.timeout) as here:
         built = build(recipe, launch, here)
+        stop.polite = True
         report = Report.open(recipe, launch, built, here, argv, stop)
         try:
             result = _run(recipe, built, here, report, stop)
