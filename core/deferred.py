@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, UntypedStorage
 from torch.overrides import TorchFunctionMode
@@ -304,15 +305,11 @@ class _Recorder(TorchDispatchMode):
             return tree_map_only(Tensor, self._lift, real)
 
     def _lift(self, tensor: Tensor) -> Tensor:
-        """Data from Python or numpy becomes a constant on the tape. Empty tensors stay: transformers asks one for the
-        default device.
-        """
-        if tensor.is_meta or not tensor.numel():
-            return tensor
-        return self.tape.record(aten._to_copy.default, (tensor,), {"device": META})
+        """Data from Python or numpy becomes a constant on the tape."""
+        return tensor if tensor.is_meta else self.tape.record(aten._to_copy.default, (tensor,), {"device": META})
 
     def _real(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        if torch.Tag.nondeterministic_seeded in func.tags and any(t.numel() for t in tree_leaves(args)[:1]):
+        if torch.Tag.nondeterministic_seeded in func.tags:
             raise UserError(f"{func} draws random numbers for a tensor that is not recorded {_where()}")
         return func(*args, **kwargs)
 
@@ -320,13 +317,20 @@ class _Recorder(TorchDispatchMode):
     def _needs_values(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
         """Whether the result is no meta tensor: a number, or a real tensor that was asked for or is written to."""
         if func is aten._to_copy.default:
-            return kwargs.get("device", META) != META
+            return (kwargs.get("device") or META) != META
         numbers = not any("Tensor" in str(result.type) for result in func._schema.returns)
         written = _written(func, args, kwargs)
         return (numbers and not written) or any(not t.is_meta for t in written)
 
     def _values(self, func: Any, tree: Any) -> Any:
         return tree_map_only(Tensor, lambda t: self.tape.values(t, str(func)) if t.is_meta else t, tree)
+
+
+def _indices(index: Any) -> Any:
+    """Lists in an index as tensors: made inside of torch they would be meta tensors without values."""
+    if isinstance(index, tuple):
+        return tuple(_indices(list(i) if isinstance(i, tuple) else i) for i in index)
+    return torch.as_tensor(index) if isinstance(index, list | np.ndarray) else index
 
 
 class _Python(TorchFunctionMode):
@@ -352,6 +356,8 @@ class _Python(TorchFunctionMode):
         if func is Tensor.to:  # where it is already: no copy
             args = [META if isinstance(a, torch.device | str) else a for a in args]
             kwargs |= {"device": META} if kwargs.get("device") is not None else {}
+        if func in (Tensor.__getitem__, Tensor.__setitem__):
+            args = (args[0], _indices(args[1]), *args[2:])
         if func is Tensor.new_tensor:
             return torch.tensor(*args[1:], **{"dtype": args[0].dtype} | kwargs | {"device": CPU})
         return func(*args, **kwargs)

@@ -20,6 +20,7 @@ from transformers import BertConfig, BertModel, CLIPTextConfig, CLIPTextModel, T
 from core.deferred import recording
 from core.errors import UserError
 from core.fresh import Fresh
+from core.models.lvdm_unet import zeroed
 from registry import get
 from tests.engine.deferred_ranks import SEED, whole
 from tests.engine.running import REPO
@@ -64,6 +65,8 @@ class Assorted(nn.Module):
         self.scale = nn.Parameter(torch.tensor([1.0, 2.0]))
         nn.init.normal_(self.scale)
         self.mask = torch.ones(3, 3).triu(1).bool()
+        self.old.data = self.old.data.cpu()
+        self.to("cpu")
 
 
 BUILDS = {
@@ -186,12 +189,30 @@ def test_copies_have_the_values_of_what_they_copy():
         with torch.no_grad():
             module["other"].weight.copy_(student.weight * 2)
             nn.init.normal_(student.bias)  # after the copy: the teacher keeps the old one
+        module.register_buffer("sum", student.weight.data + module["teacher"].bias.data)
         return module
 
     module = filled(build)
     assert torch.equal(module["student"].weight, module["teacher"].weight)
     assert torch.equal(module["student"].weight * 2, module["other"].weight)
     assert not torch.equal(module["student"].bias, module["teacher"].bias)
+    assert torch.equal(module["student"].weight + module["teacher"].bias, module.sum)
+
+
+def test_what_was_overwritten_is_not_drawn():
+    tape, module, _ = recorded(lambda: zeroed(nn.Linear(4, 4)))
+    ops = [tape.ops[i] for i in tape.needed(tape.region(module.weight).storage)]
+    assert [op.name for op in ops] == ["aten.zero_.default"]
+
+
+def test_marks_on_a_parameter_and_whether_it_learns_are_kept():
+    def build():
+        module = nn.Linear(2, 2).requires_grad_(False)
+        module.bias.requires_grad_().decay = False
+        return module
+
+    module = filled(build)
+    assert module.bias.decay is False and module.bias.requires_grad and not module.weight.requires_grad
 
 
 def test_what_is_skipped_is_memory_without_a_draw():
@@ -208,7 +229,13 @@ def test_what_is_skipped_is_memory_without_a_draw():
     assert torch.equal(module["a"].weight, filled(lambda: nn.ModuleDict({"a": nn.Linear(4, 4)}))["a"].weight)
 
 
-def test_a_module_cast_or_emptied_after_the_recording_is_filled_in_place():
+def test_a_module_cast_after_the_recording_keeps_its_dtype():
+    _, module, fresh = recorded(lambda: nn.Linear(3, 3))
+    fresh.fill(module.to(torch.bfloat16), SEED, CPU)
+    assert torch.equal(module.weight, fresh.value("weight", SEED).bfloat16())
+
+
+def test_a_module_cast_and_emptied_after_the_recording_is_filled_in_place():
     _, module, fresh = recorded(BUILDS["AutoencoderKL"])
     module.to(torch.bfloat16).to_empty(device=CPU)
     before = [p.data_ptr() for p in module.parameters()]
@@ -227,9 +254,20 @@ class Curious(nn.Module):
         table = np.outer(torch.arange(4.0).numpy(), np.asarray(torch.tensor([1.0, 2.0])))
         grid = torch.arange(9.0).view(3, 3)
         kept = grid[grid > 3] if bool((grid > 3).any()) else grid
+        picked = torch.cat([grid[[0, 2], [1, 1]], grid[np.array([0, 1])].flatten(), grid[(0, 1), 2]])
+        grid[grid > 7] = -1
+        grid.as_strided((3, 2), (1, 1)).zero_()
+        odd = torch.linalg.svd(grid.cos())[0] + torch.fft.rfft2(grid.sin()).abs().sum()
+        for key, value in {"picked": picked, "grid": grid, "odd": odd}.items():
+            self.register_buffer(key, value)
         for key, value in {"rates": torch.tensor(rates), "table": torch.as_tensor(table), "kept": kept}.items():
             self.register_buffer(key, value)
         self.register_buffer("like", self.rates.new_tensor([1, 2]) + torch.tensor([0.5], device=self.rates.device))
+        array = np.arange(3.0)
+        self.register_buffer("before", torch.from_numpy(array) * 2)
+        array += 1
+        self.register_buffer("turns", torch.polar(torch.ones(3), torch.arange(3.0)).conj())
+        self.register_buffer("sines", self.turns.imag)
         real = torch.zeros(2).cpu().to("cpu")
         self.register_buffer("real", real.copy_(torch.arange(2)))
 
@@ -307,6 +345,16 @@ def test_tensors_that_would_be_left_behind_are_named():
     module.late = nn.Parameter(torch.empty(2, device="meta"))
     with pytest.raises(UserError, match=r"late was not there when the module was recorded"):
         fresh.fill(module, SEED, CPU)
+
+
+def test_what_a_constructor_leaves_unwritten_is_zero_and_not_what_the_memory_held():
+    def build():
+        table = torch.empty(100_000)
+        table[:5] = 1
+        return nn.ParameterDict({"table": table})
+
+    torch.full((100_000,), 7.0)  # freed at once, and often given out again
+    assert filled(build)["table"].sum() == 5
 
 
 def test_a_tape_holds_to_the_default_dtype_of_its_time():
