@@ -256,8 +256,8 @@ class Curious(nn.Module):
         kept = grid[grid > 3] if bool((grid > 3).any()) else grid
         picked = torch.cat([grid[[0, 2], [1, 1]], grid[np.array([0, 1])].flatten(), grid[(0, 1), 2]])
         grid[grid > 7] = -1
-        grid.as_strided((3, 2), (1, 1)).zero_()
-        odd = torch.linalg.svd(grid.cos())[0] + torch.fft.rfft2(grid.sin()).abs().sum()
+        grid.as_strided((3, 3), (1, 1)).zero_()  # as many elements as the storage, some of them twice
+        odd = torch.linalg.svd(grid.cos())[2][:, :2] + torch.fft.rfft2(grid.sin()).abs()  # columns first on the CPU
         for key, value in {"picked": picked, "grid": grid, "odd": odd}.items():
             self.register_buffer(key, value)
         for key, value in {"rates": torch.tensor(rates), "table": torch.as_tensor(table), "kept": kept}.items():
