@@ -22,7 +22,7 @@ from core.errors import UserError
 from core.fresh import Fresh
 from core.models.lvdm_unet import zeroed
 from registry import get
-from tests.engine.deferred_ranks import SEED, whole
+from tests.engine.deferred_ranks import SEED, Tied, whole
 from tests.engine.running import REPO
 
 CPU = torch.device("cpu")
@@ -180,6 +180,14 @@ def test_tied_parameters_stay_one_parameter_seeded_by_the_first_name():
     assert module["c"].weight is module["a"].weight
     assert torch.equal(module["c"].weight, filled(lambda: nn.ModuleDict({"a": nn.Linear(4, 4)}))["a"].weight)
     assert not torch.equal(module["c"].bias, module["a"].bias)
+
+
+def test_a_tie_that_to_empty_tore_is_tied_again():
+    _, module, fresh = recorded(Tied)
+    module.to_empty(device=CPU)
+    assert module.head.weight is not module.embed.weight
+    fresh.fill(module, SEED, CPU)
+    assert module.head.weight is module.embed.weight and module.head.weight[0].sum() == 0
 
 
 def test_copies_have_the_values_of_what_they_copy():
