@@ -22,7 +22,7 @@ from core.errors import UserError
 from core.fresh import Fresh
 from core.models.lvdm_unet import zeroed
 from registry import get
-from tests.engine.deferred_ranks import SEED, whole
+from tests.engine.deferred_ranks import SEED, Tied, whole
 from tests.engine.running import REPO
 
 CPU = torch.device("cpu")
@@ -182,6 +182,14 @@ def test_tied_parameters_stay_one_parameter_seeded_by_the_first_name():
     assert not torch.equal(module["c"].bias, module["a"].bias)
 
 
+def test_a_tie_that_to_empty_tore_is_tied_again():
+    _, module, fresh = recorded(Tied)
+    module.to_empty(device=CPU)
+    assert module.head.weight is not module.embed.weight
+    fresh.fill(module, SEED, CPU)
+    assert module.head.weight is module.embed.weight and module.head.weight[0].sum() == 0
+
+
 def test_copies_have_the_values_of_what_they_copy():
     def build():
         student = nn.Linear(4, 4)
@@ -256,8 +264,8 @@ class Curious(nn.Module):
         kept = grid[grid > 3] if bool((grid > 3).any()) else grid
         picked = torch.cat([grid[[0, 2], [1, 1]], grid[np.array([0, 1])].flatten(), grid[(0, 1), 2]])
         grid[grid > 7] = -1
-        grid.as_strided((3, 2), (1, 1)).zero_()
-        odd = torch.linalg.svd(grid.cos())[0] + torch.fft.rfft2(grid.sin()).abs().sum()
+        grid.as_strided((3, 3), (1, 1)).zero_()  # as many elements as the storage, some of them twice
+        odd = torch.linalg.svd(grid.cos())[2][:, :2] + torch.fft.rfft2(grid.sin()).abs()  # columns first on the CPU
         for key, value in {"picked": picked, "grid": grid, "odd": odd}.items():
             self.register_buffer(key, value)
         for key, value in {"rates": torch.tensor(rates), "table": torch.as_tensor(table), "kept": kept}.items():
