@@ -4,7 +4,7 @@ from core.slots.autoencoder import Autoencoder, VideoVAE
 from core.slots.checkpoint import Checkpoint
 from core.slots.condition import Condition
 from core.slots.data import Data
-from core.slots.denoiser import Denoiser, LVDMShortUNet
+from core.slots.denoiser import Denoiser, LVDMShortUNet, LVDMTextUNet
 from core.slots.launch import Launch
 from core.slots.loop import Loop
 from core.slots.objective import Objective
@@ -29,6 +29,7 @@ __all__ = [
     "Denoiser",
     "Diffusion",
     "LVDMShortUNet",
+    "LVDMTextUNet",
     "Launch",
     "Loop",
     "Objective",
