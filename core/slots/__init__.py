@@ -1,6 +1,6 @@
 """The slot classes of a recipe, by kind. Nothing here imports torch."""
 
-from core.slots.autoencoder import Autoencoder, VideoVAE
+from core.slots.autoencoder import Autoencoder, FrameVAE, VideoVAE
 from core.slots.checkpoint import Checkpoint
 from core.slots.condition import Condition
 from core.slots.data import Data
@@ -28,6 +28,7 @@ __all__ = [
     "Data",
     "Denoiser",
     "Diffusion",
+    "FrameVAE",
     "LVDMShortUNet",
     "LVDMTextUNet",
     "Launch",
