@@ -146,11 +146,12 @@ def load_frozen(recipe: Recipe, system: System) -> None:
         module = system.frozen[slot.component]
         config = load_component(module, slot.weights, slot.component)
         if slot.scale_factor is None:
-            if "scale_factor" not in config:
+            constants = module.constants_of(config)  # type: ignore[operator]
+            if not config or constants is None:
                 raise UserError(
                     f"{path}.scale_factor: the weights carry no latent constants; `measure-latents` prints them"
                 )
-            module.register_to_config(scale_factor=config["scale_factor"], shift_factor=config["shift_factor"])  # type: ignore[operator]
+            module.register_to_config(**module.constants_config(*constants))  # type: ignore[operator]
 
 
 def prepare_blocks(system: System, checkpointing: bool, compiled: bool) -> None:
