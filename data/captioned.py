@@ -144,9 +144,11 @@ class CaptionedClips(Samples):
 
 
 def _root_of(slot: CaptionedVideos) -> Path:
-    """The resolved root."""
+    """The resolved root; the synthetic clouds when none was named."""
     if slot.root is None:
-        raise UserError("name the folder of the videos: --data-root.")
+        from data.synthetic_captions import clouds_root
+
+        return clouds_root().resolve()
     if not slot.root.is_dir():
         what = "is a file; name the folder of the videos" if slot.root.exists() else "does not exist"
         raise UserError(f"the data folder {slot.root} {what}{_near(slot.root)}.")
