@@ -98,5 +98,3 @@ class Validation(Slot):
                 self.refuse(name, "must be at least 1")
         if 0 < self.metric_clips < 8:
             self.refuse("metric_clips", "a Fréchet distance needs at least 8 clips")
-        if self.metric is not None and not self.metric_clips:
-            self.refuse("metric", "needs clips to score: set metric_clips")
