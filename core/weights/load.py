@@ -25,7 +25,7 @@ def locate(spec: str, component: str) -> Path:
     Raises UserError when there is none, naming what was tried.
     """
     if spec.startswith("shipped:"):
-        return _shipped(spec.removeprefix("shipped:"))
+        return _component(_shipped(spec.removeprefix("shipped:")), component)
     if spec.startswith("run:"):
         return _component(_run_folder(spec.removeprefix("run:")), component)
     path = Path(spec).expanduser()
