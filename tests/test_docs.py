@@ -150,7 +150,7 @@ def _parse(verb: str, what: str = "", *flags: str) -> None:
     from core.build import check_batch
     from core.cli import parse
     from core.slots import Launch
-    from core.verbs.flags import Length, MeasureFlags, SampleFlags, StoreFlags, UiFlags
+    from core.verbs.flags import MeasureFlags, SampleFlags, StoreFlags, UiFlags
     from registry import get
 
     match verb:
@@ -159,7 +159,7 @@ def _parse(verb: str, what: str = "", *flags: str) -> None:
             recipe.parallel.mesh(launch.nproc)
             check_batch(recipe, launch.nproc)
         case "resume":
-            parse(flags, Length(), Launch())
+            parse(flags, get("lvdm-short-sky-tiny"), Launch())
         case "sample":
             parse(flags, SampleFlags())
         case "measure-latents":
@@ -188,10 +188,10 @@ def _known_names() -> set[str]:
     from core.cli import ALIASES
     from core.slots import Launch
     from core.swap import spots
-    from core.verbs.flags import Length, MeasureFlags, SampleFlags, UiFlags
+    from core.verbs.flags import MeasureFlags, SampleFlags, UiFlags
     from registry import get, names
 
-    parts = [Launch(), Length(), SampleFlags(), MeasureFlags(), UiFlags()]
+    parts = [Launch(), SampleFlags(), MeasureFlags(), UiFlags()]
     parts += [get(name, "--validation.data=FrameFolders", "--optim.ema=EMA") for name in names()]
     return set(ALIASES).union(*(spots(part) for part in parts))
 
