@@ -225,21 +225,19 @@ def _run(words: list[str]) -> int:
 
 
 def _resume(words: list[str]) -> int:
-    from core.cli import parse
     from core.errors import UserError
     from core.slots.launch import Launch
-    from core.verbs.flags import Length
+    from core.verbs.flags import value_of
 
     if _wants_help(words):
-        return _help(words, "resume", Length(), Launch())
+        return _help(words, "resume", Launch())
     (where,) = _first(words, "resume")
-    length, launch = parse(words[1:], Length(), Launch())
-    if launch.resume:
+    if value_of("resume", words[1:]) is not None:
         raise UserError("resume: the run is the first word here; leave out --resume")
     _recipes()
     from core.verbs.resume import resume
 
-    return resume(where, launch, length.max_steps, ["resume", *words])
+    return resume(where, words[1:], value_of("store", words[1:]))
 
 
 def _sample(words: list[str]) -> int:

@@ -6,7 +6,6 @@ import functools
 import re
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,10 +16,9 @@ from core.attention import choose_attention
 from core.distributed import Ranks, spread
 from core.ema import EMA
 from core.errors import UserError
-from core.outputs import checkpoint_of, default_run_name, find_run, output_dir, prepare, refuse_other_recipe
+from core.outputs import Start, start
 from core.precision import DTYPES, Scaler
 from core.preflight import frozen_parts
-from core.recipe_file import dump, load
 from core.slots import Autoencoder, Launch, Optim, Recipe
 from core.systems import System
 from core.weights.load import load_component
@@ -38,32 +36,35 @@ class Built:
     ema: EMA | None
     scaler: Scaler
     total_steps: int
-    folder: Path
-    run_name: str
-    checkpoint: Path | None
+    start: Start
 
 
 def build(recipe: Recipe, launch: Launch, here: Ranks) -> Built:
     """Build a recipe on this rank's device. Raises UserError for anything that cannot work, before MLflow is opened."""
-    check_batch(recipe, here.world)
+    check_batch(recipe, here.data_world)
     dataset, held_out = recipe.data.build(), recipe.validation_data.build()
-    folder, run_name, found = _folder(recipe, launch, here)
+    begin = _start(recipe, launch, here)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = recipe.loop.tf32
     torch.manual_seed(recipe.loop.seed)
     system = recipe.system.build()
-    if not system.additive and recipe.loop.global_batch != recipe.loop.micro_batch * here.world:
+    if recipe.parallel.sequence > 1 and not system.splits_sequence:
+        raise UserError(
+            f"parallel.sequence: {recipe.name} cannot split the tokens of a sample over ranks; take "
+            "--parallel.sequence 1, and --parallel.shard for what does not fit one rank"
+        )
+    if not system.additive and recipe.loop.global_batch != recipe.loop.micro_batch * here.data_world:
         raise UserError(
             f"loop.micro_batch: the loss of {type(recipe.system).__name__} is over the whole batch and cannot be "
-            f"accumulated: global_batch must be micro_batch x ranks = {recipe.loop.micro_batch * here.world}"
+            f"accumulated: global_batch must be micro_batch x ranks = {recipe.loop.micro_batch * here.data_world}"
         )
     load_frozen(recipe, system)
-    if launch.init_from:
+    if launch.init_from and begin.checkpoint is None:
         for name, module in system.trained.items():
             load_component(module, launch.init_from, name)
     place(system, recipe, here)
     system.mode(training=True)
     prepare_blocks(system, recipe.loop.activation_checkpointing, recipe.loop.compile)
-    spread(system, here.mesh)
+    spread(system, recipe.parallel, here)
     groups = parameter_groups(system.trained, recipe.optim)
     return Built(
         system=system,
@@ -74,9 +75,7 @@ def build(recipe: Recipe, launch: Launch, here: Ranks) -> Built:
         ema=EMA(recipe.optim.ema, system.trained) if recipe.optim.ema else None,
         scaler=Scaler(recipe.loop.precision),
         total_steps=total_steps(recipe, len(dataset)),
-        folder=folder,
-        run_name=run_name,
-        checkpoint=found,
+        start=begin,
     )
 
 
@@ -96,14 +95,12 @@ def check_batch(recipe: Recipe, world: int) -> None:
         )
 
 
-def _folder(recipe: Recipe, launch: Launch, here: Ranks) -> tuple[Path, str, Path | None]:
-    """Output directory, run name, and the checkpoint to resume from. Rank 0 decides and prepares; its error reaches
-    all.
-    """
-    box: tuple[Path, str, Path | None] | UserError | None = None
+def _start(recipe: Recipe, launch: Launch, here: Ranks) -> Start:
+    """Where the run writes and starts from. Rank 0 decides and prepares; its error reaches all."""
+    box: Start | UserError | None = None
     if here.first:
         try:
-            box = _decide(recipe, launch)
+            box = start(recipe, launch)
         except UserError as error:
             box = error
     box = here.agree(box)
@@ -111,20 +108,6 @@ def _folder(recipe: Recipe, launch: Launch, here: Ranks) -> tuple[Path, str, Pat
         raise box
     assert box is not None
     return box
-
-
-def _decide(recipe: Recipe, launch: Launch) -> tuple[Path, str, Path | None]:
-    if launch.resume:
-        folder = find_run(launch.resume, launch.store)
-        refuse_other_recipe(recipe, load((folder / "recipe.json").read_text(), str(folder / "recipe.json")), folder)
-        found = checkpoint_of(folder)
-        (folder / "recipe.json").write_text(dump(recipe))
-        return folder, launch.run_name or folder.name, found
-    run_name = launch.run_name or default_run_name()
-    folder = output_dir(recipe, launch, run_name)
-    prepare(folder, launch.overwrite)
-    (folder / "recipe.json").write_text(dump(recipe))
-    return folder, run_name, None
 
 
 def place(system: System, recipe: Recipe, here: Ranks) -> None:

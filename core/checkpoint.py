@@ -1,15 +1,14 @@
-"""Checkpoints: one format at every number of ranks, written beside and renamed, so that what is there is whole.
+"""Checkpoints: one format at every number of ranks, and only whole ones count.
 
 A checkpoint is a folder `step-<n>`: the tensors as safetensors (torch.distributed.checkpoint's storage; each rank
-writes its own shards) and `state.json` with everything that is a number. No pickle is written or read.
+writes its own shards), `state.json` with everything that is a number, `recipe.json`, and `manifest.json` with the hash
+of each file. No pickle is written or read. `core/saver.py` writes them.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,13 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
-from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
 from core.errors import UserError
+from core.manifest import LIMIT, damage
 
 if TYPE_CHECKING:
     from core.distributed import Ranks
@@ -31,6 +31,20 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 NAME = re.compile(r"step-(\d{8,})")
+NUMBERS: dict[str, type | tuple[type, ...]] = {
+    "step": int,
+    "epoch": int,
+    "drawn": int,
+    "nonfinite": list,
+    "samples": list,
+    "scaler": list,
+    "ema_count": (int, type(None)),
+    "optimizer_steps": dict,
+    "threads": int,
+    "world": int,
+    "window": dict,
+}
+"""What `state.json` must hold besides its format, and of which type."""
 
 
 def tensors(modules: nn.ModuleDict, optimizer: torch.optim.Optimizer | None, ema: EMA | None) -> dict[str, Tensor]:
@@ -81,71 +95,40 @@ def materialise(modules: nn.ModuleDict, optimizer: torch.optim.Optimizer, steps:
             optimizer.state[p]["step"].fill_(steps[name])
 
 
-def save(folder: Path, state: dict[str, Tensor], numbers: dict[str, Any], ranks: Ranks, keep: int | None) -> Path:
-    """Write checkpoint `step-<numbers['step']>` into `folder`; a collective. Older ones beyond `keep` go only when it
-    is in place.
-    """
-    target = folder / f"step-{numbers['step']:08d}"
-    partial = folder / f".partial-{target.name}"
-    if ranks.first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    ranks.barrier()
-    writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
-    with _quiet():
-        save_distributed(state, storage_writer=writer, no_dist=ranks.mesh is None)
-    ranks.barrier()
-    if ranks.first:
-        (partial / "state.json").write_text(json.dumps({"format": FORMAT} | numbers, indent=1))
-        _sync(partial)
-        shutil.rmtree(target, ignore_errors=True)
-        partial.replace(target)
-        _sync_folder(folder)
-        for old in [] if keep is None else checkpoints(folder)[keep:]:
-            shutil.rmtree(old)
-    ranks.barrier()
-    return target
-
-
-def _sync(folder: Path) -> None:
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    _sync_folder(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints in `folder`, newest first."""
-    found = [p for p in folder.glob("step-*") if NAME.fullmatch(p.name) and (p / "state.json").is_file()]
+    """Folders in `folder` that are named like a checkpoint, newest first; whether they are whole, `damage` says."""
+    found = [p for p in folder.glob("step-*") if NAME.fullmatch(p.name) and p.is_dir()]
     return sorted(found, key=lambda p: int(p.name.removeprefix("step-")), reverse=True)
 
 
-def newest(folder: Path) -> Path | None:
-    """The newest complete checkpoint in `folder`, or None."""
-    return next(iter(checkpoints(folder)), None)
+def newest(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint in `folder`, or None, and a line on each newer one that is damaged."""
+    lines: list[str] = []
+    for path in checkpoints(folder):
+        wrong = damage(path)
+        if wrong is None:
+            return path, lines
+        lines.append(f"{path}: {wrong}")
+    return None, lines
 
 
 def numbers_of(checkpoint: Path) -> dict[str, Any]:
     """The numbers of a checkpoint. Raises UserError for a file that is damaged or from a newer version."""
     path = checkpoint / "state.json"
     try:
+        if path.stat().st_size > LIMIT:
+            raise ValueError("it is larger than any state file")
         numbers = json.loads(path.read_text())
-        version = numbers["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        version = int(numbers["format"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({type(error).__name__}); resume from another checkpoint") from None
     if version > FORMAT:
         raise UserError(
             f"{path}: written by a newer version (format {version}, this one reads {FORMAT}); upgrade this package"
         )
+    wrong = [name for name, kind in NUMBERS.items() if not isinstance(numbers.get(name, ...), kind)]
+    if wrong:
+        raise UserError(f"{path}: {', '.join(wrong)} missing or of the wrong type; resume from another checkpoint")
     return numbers  # type: ignore[no-any-return]
 
 
@@ -154,17 +137,25 @@ def load(checkpoint: Path, state: dict[str, Tensor], ranks: Ranks) -> None:
     fit.
     """
     try:
-        with _quiet():
+        with quiet():
             load_distributed(
                 state, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=ranks.mesh is None
             )
-    except CheckpointException as error:  # a BaseException; it carries what each rank met
-        reason = "; ".join(sorted({str(cause).strip().splitlines()[0] for cause, _ in error.failures.values()}))
-        raise UserError(f"checkpoint {checkpoint}: does not fit this recipe, or is damaged: {reason}") from error
+    except (CheckpointException, SafetensorError, OSError, ValueError, KeyError) as error:
+        raise UserError(f"checkpoint {checkpoint}: does not fit this recipe, or is damaged: {reason(error)}") from error
+
+
+def reason(error: BaseException) -> str:
+    """What happened, in a line. torch's CheckpointException (no Exception, but a BaseException) carries what each rank
+    met.
+    """
+    causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+    return "; ".join(sorted({(str(cause).strip() or type(cause).__name__).splitlines()[0] for cause in causes}))
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
+    """Without torch's remarks on checkpoints of a single process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*no_dist.*|.*process group.*|.*single process.*")
         yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -12,10 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from core.errors import UserError
+from core.precision import DTYPES
 
 if TYPE_CHECKING:
     from core.slots import Parallel
@@ -23,10 +25,17 @@ if TYPE_CHECKING:
 
 
 class Ranks:
-    """This process among the others. With one process there is no mesh, no wrapping and no communication."""
+    """This process among the others. With one process there is no mesh, no wrapping and no communication.
+
+    `data_rank` of `data_world` says whose samples these are: ranks along the mesh's sequence dimension share theirs.
+    `background` is a process group for threads beside the main one (checkpoints).
+    """
 
     def __init__(self, device: torch.device, rank: int, world: int, mesh: DeviceMesh | None) -> None:
         self.device, self.rank, self.world, self.mesh = device, rank, world, mesh
+        sequence = 1 if mesh is None else mesh["sequence"].size()
+        self.data_rank, self.data_world = rank // sequence, world // sequence
+        self.background = None if mesh is None else dist.new_group(backend="gloo")
 
     @property
     def first(self) -> bool:
@@ -54,13 +63,34 @@ class Ranks:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def any(self, flag: bool) -> bool:
+        """Whether it is so on some rank."""
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
+
+    def collect(self, value: Any) -> list[Any]:
+        """Every rank's value, in order of rank, over the background group: for threads beside the main one."""
+        if self.mesh is None:
+            return [value]
+        return self._gathered(value, self.background)
+
+    def _gathered(self, value: Any, group: Any) -> list[Any]:
+        out: list[Any] = [None] * self.world
+        dist.all_gather_object(out, value, group=group)
+        return out
+
+    def everyone(self, value: Any) -> list[Any]:
+        """Every rank's value, in order of rank, on every rank."""
+        if self.mesh is None:
+            return [value]
+        return self._gathered(value, None)
+
     def gather(self, value: Tensor) -> list[Tensor]:
-        """Every rank's tensor (equal shapes), in order of rank, on every rank."""
+        """Every data rank's tensor (equal shapes), in order of rank, on every rank."""
         if self.mesh is None:
             return [value]
         out = [torch.empty_like(value) for _ in range(self.world)]
         dist.all_gather(out, value.contiguous())
-        return out
+        return out[:: self.world // self.data_world]
 
     def barrier(self) -> None:
         """Wait for everyone."""
@@ -81,30 +111,48 @@ def choose_device(wanted: str) -> torch.device:
 
 
 @contextmanager
-def ranks(parallel: Parallel, device: str) -> Iterator[Ranks]:
-    """Join the process group that torchrun describes in the environment, if any, and leave it at the end."""
+def ranks(parallel: Parallel, device: str, timeout: float) -> Iterator[Ranks]:
+    """Join the process group that torchrun describes in the environment, if any, and leave it at the end.
+
+    A collective that takes longer than `timeout` seconds is an error. Raises UserError, which names this rank, when
+    another one is gone.
+    """
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    replicate, shard = parallel.mesh(world)
+    shape = parallel.mesh(world)
     here = choose_device(device)
     if world == 1:
         yield Ranks(here, 0, 1, None)
         return
-    dist.init_process_group("nccl" if here.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
+    backend = "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    rank = dist.get_rank()
     try:
-        mesh = init_device_mesh(here.type, (replicate, shard), mesh_dim_names=("replicate", "shard"))
-        yield Ranks(here, dist.get_rank(), world, mesh)
+        mesh = init_device_mesh(here.type, shape, mesh_dim_names=("replicate", "shard", "sequence"))
+        yield Ranks(here, rank, world, mesh)
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or GONE.search(str(error))):
+            raise
+        raise UserError(
+            f"rank {rank} of {world} lost another rank, which died or was killed (its own output says why): "
+            f"{str(error).strip().splitlines()[0]}"
+        ) from error
     finally:
         dist.destroy_process_group()
 
 
-def spread(system: System, mesh: DeviceMesh | None) -> None:
+GONE = re.compile("Connection (closed|reset)|Broken pipe|Timed out|timed out|Socket Timeout|unhandled system error")
+"""What gloo and NCCL say when a partner is gone, as plain RuntimeErrors."""
+
+
+def spread(system: System, parallel: Parallel, here: Ranks) -> None:
     """Put the trained modules on the mesh, block by block, root last. Without a mesh they stay plain modules."""
-    if mesh is None:
+    if here.mesh is None:
         return
-    for block in system.blocks():
-        fully_shard(block, mesh=mesh)
-    for module in system.trained.values():
-        fully_shard(module, mesh=mesh)
+    mesh = here.mesh["replicate", "shard"]
+    policy = MixedPrecisionPolicy(DTYPES[parallel.param_dtype], DTYPES[parallel.reduce_dtype])
+    offload = CPUOffloadPolicy(pin_memory=here.device.type == "cuda") if parallel.offload else OffloadPolicy()
+    for module in (*system.blocks(), *system.trained.values()):
+        fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload)
 
 
 def synchronise_gradients(modules: nn.ModuleDict, on: bool) -> None:

@@ -4,6 +4,7 @@ read.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -39,11 +40,20 @@ def batches(dataset: Any, keys: Iterable[list[Key]], *, workers: int, pin: bool)
         prefetch_factor=4 if workers else None,
         pin_memory=pin,
         generator=torch.Generator().manual_seed(0),
+        worker_init_fn=_leave_signals_to_the_loop,
     )
     try:
         yield from loader
     except UserError as error:  # from a worker process it comes wrapped in the worker's traceback
         raise UserError(str(error).rstrip().splitlines()[-1].removeprefix("core.errors.UserError: ")) from None
+
+
+def _leave_signals_to_the_loop(worker: int) -> None:
+    """A Ctrl-C reaches every process of the terminal; the loop still needs the batches of its last update. A worker
+    ends with the loop, also with one that was killed.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import resource
+from typing import Any
 
 import torch
 
@@ -15,6 +16,14 @@ class Window:
         self.updates, self.seconds, self.data_s, self.skipped = 0, 0.0, 0.0, 0
         self.sums: dict[str, float] = {}
         self.counted = 0
+
+    @classmethod
+    def of(cls, numbers: dict[str, Any]) -> Window:
+        """The window that was saved as `vars(window)`: a resumed run logs the mean of all updates since a log."""
+        window = cls()
+        for name in vars(window):
+            setattr(window, name, numbers[name])
+        return window
 
     def end_update(self, seconds: float) -> None:
         """An update is done. Only updates are timed: validation, samples and checkpoints are not in the rates."""

@@ -17,7 +17,7 @@ from core.media import enlarged, sheet, tiled, to_uint8, write_gif, write_mp4
 from core.outputs import run_facts
 from core.progress import Progress
 from core.slots import Launch, Recipe
-from core.systems import System
+from core.stopping import Stop
 from core.tracking import Tracker, open_run
 from core.validate import evaluate, frechet, generate, metric, prompts_of, reconstructions
 
@@ -25,44 +25,55 @@ from core.validate import evaluate, frechet, generate, metric, prompts_of, recon
 class Report:
     """One object for everything that leaves the loop, so that the loop stays readable."""
 
-    def __init__(self, recipe: Recipe, built: Built, here: Ranks, tracker: Tracker | None, run_id: str) -> None:
+    def __init__(
+        self, recipe: Recipe, built: Built, here: Ranks, tracker: Tracker | None, run_id: str, stop: Stop
+    ) -> None:
         self.recipe, self.here, self.tracker, self.run_id = recipe, here, tracker, run_id
-        self.folder = built.folder
+        self.folder, self.notes = built.start.folder, built.start.notes
         self.bar = Progress(None, 0, 0)
         self.now = 0
+        self._stop = stop
+
+    def _asked(self) -> bool:
+        """Whether some rank was asked to stop; a collective, between batches."""
+        return self.here.any(bool(self._stop.signal))
 
     @classmethod
-    def open(cls, recipe: Recipe, launch: Launch, built: Built, here: Ranks, argv: Sequence[str]) -> Report:
+    def open(cls, recipe: Recipe, launch: Launch, built: Built, here: Ranks, argv: Sequence[str], stop: Stop) -> Report:
         """Open the MLflow run (rank 0), with all that is known before the first update."""
         tracker = None
         if here.first:
             data = {"training": built.dataset.describe(), "validation": built.held_out.describe()}
-            facts = run_facts(built.folder) if built.checkpoint else {}
+            facts = run_facts(built.start.folder) if built.start.goes_on else {}
             tracker = open_run(
                 recipe,
                 store=facts.get("store") or launch.store,
-                run_name=built.run_name,
-                output_dir=built.folder,
+                run_name=built.start.run_name,
+                output_dir=built.start.folder,
                 argv=argv,
                 data=data,
                 resume=facts.get("run_id"),
             )
-        return cls(recipe, built, here, tracker, here.agree(tracker.run_id if tracker else ""))
+        return cls(recipe, built, here, tracker, here.agree(tracker.run_id if tracker else ""), stop)
 
     def begin(self, step: int, total: int) -> None:
         """The first lines: what runs, where, from which step."""
         self.now = step
         self.bar = Progress(self.folder / "run.log" if self.here.first else None, total, step)
+        for note in self.notes:
+            self.bar.line(note)
         trained = "resumed at" if step else "from"
         self.bar.line(
             f"{self.recipe.name}: {trained} step {step} of {total}, {self.here.world} x {self.here.device.type}, "
             f"output in {self.folder}"
         )
 
-    def step(self, step: int) -> None:
-        """An update is done."""
+    def step(self, step: int, failure: str | None) -> None:
+        """An update is done; `failure` says why the last checkpoint was not written, if so."""
         self.now = step
         self.bar.step(step)
+        if failure is not None:
+            self.bar.line(f"{failure}; training goes on, the checkpoints before it stay")
 
     def metrics(self, values: dict[str, float], step: int | None = None) -> None:
         """Log numbers."""
@@ -79,24 +90,31 @@ class Report:
     def _averaged(self, built: Built) -> AbstractContextManager[None]:
         return built.ema.applied() if built.ema else nullcontext()
 
-    def validate(self, system: System, built: Built) -> dict[str, float]:
-        """The held-out loss, under the averaged weights."""
+    def validate(self, built: Built) -> dict[str, float]:
+        """The held-out loss, under the averaged weights. Raises Leave when the run is to end."""
+        system = built.system
         system.mode(training=False)
         with self._averaged(built):
-            values = evaluate(system, built.held_out, self.recipe, self.here)
+            values = evaluate(system, built.held_out, self.recipe, self.here, self._asked)
         system.mode(training=True)
         self.metrics(values)
         self.bar.line(f"step {self.now}  " + "  ".join(f"{k} {v:.4f}" for k, v in values.items()))
         return values
 
-    def sample(self, system: System, built: Built, final: bool = False) -> dict[str, float]:
-        """Samples and reconstructions as files and in MLflow; at the end of the run the Fréchet distance too."""
-        slot = self.recipe.validation
+    def sample(self, built: Built, final: bool = False) -> dict[str, float]:
+        """Samples and reconstructions as files and in MLflow; at the end of the run the Fréchet distance too. Raises
+        Leave when the run is to end.
+        """
+        system, slot = built.system, self.recipe.validation
         count = max(slot.num_samples, slot.metric_clips if final else 0)
         system.mode(training=False)
         with self._averaged(built):
             prompts = prompts_of(self.recipe, built.held_out, count, self.here)
-            made = generate(system, self.recipe, slot.sampler, count, self.here, prompts=prompts) if count else None
+            made = (
+                generate(system, self.recipe, slot.sampler, count, self.here, asked=self._asked, prompts=prompts)
+                if count
+                else None
+            )
             rebuilt = reconstructions(system, built.held_out, self.recipe, self.here)
         system.mode(training=True)
         for name, clips in (("samples", made), ("reconstructions", rebuilt)):
@@ -137,16 +155,25 @@ class Report:
         if self.tracker is not None:
             self.tracker.artifact(path, f"samples/{path.parent.name}")
 
-    def export(self, system: System, built: Built) -> Path:
-        """The trained networks as diffusers folders, averaged where there is an average; a collective."""
-        folder = self.folder / "export"
-        with self._averaged(built):  # to the end of the writing: these are views of what is swapped back
-            weights = {
-                name: {k: full(t.detach()) for k, t in m.state_dict().items()} for name, m in system.trained.items()
-            }
+    def export(self, built: Built) -> Path:
+        """The trained networks as diffusers folders, averaged where there is an average; a collective. Rank 0 alone
+        gathers them, tensor by tensor, on the CPU.
+        """
+        folder, system = self.folder / "export", built.system
+        weights: dict[str, dict[str, Tensor]] = {name: {} for name in system.trained}
+        with self._averaged(built):  # to the end of the writing: these may be views of what is swapped back
+            for name, module in system.trained.items():
+                for key, tensor in module.state_dict().items():
+                    whole = full(tensor.detach())
+                    if self.here.first:
+                        weights[name][key] = whole.cpu()
             if self.here.first:
                 system.export(folder, weights)
         return folder
+
+    def saved(self, path: Path, step: int) -> None:
+        """A checkpoint is whole on the disk."""
+        self.bar.note(f"saved {path}")
 
     def close(self, status: str, error: BaseException | None = None) -> None:
         """End the run as FINISHED, FAILED (with the traceback as an artifact) or KILLED."""

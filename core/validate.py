@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from core.metrics import frechet_report
 from core.positions import Key
 from core.precision import autocast
 from core.slots import Recipe, Sampler
+from core.stopping import Leave
 from core.systems import System
 
 SEED = 0
@@ -32,20 +33,30 @@ def shares(keys: Sequence[Key], ranks: Ranks, batch_size: int) -> list[list[Key]
     -1.
     """
     dummy = keys[0]._replace(place=-1)
-    per_round = batch_size * ranks.world
+    per_round = batch_size * ranks.data_world
     rounds = -(-len(keys) // per_round)
     padded = [*keys, *[dummy] * (rounds * per_round - len(keys))]
-    starts = (r * per_round + ranks.rank * batch_size for r in range(rounds))
+    starts = (r * per_round + ranks.data_rank * batch_size for r in range(rounds))
     return [padded[start : start + batch_size] for start in starts]
 
 
+def _leave_if(asked: Callable[[], bool]) -> None:
+    if asked():
+        raise Leave
+
+
 @torch.no_grad()
-def evaluate(system: System, dataset: Any, recipe: Recipe, ranks: Ranks) -> dict[str, float]:
-    """Mean of every number that the system measures over the fixed validation samples, by `val/<name>`."""
+def evaluate(
+    system: System, dataset: Any, recipe: Recipe, ranks: Ranks, asked: Callable[[], bool] = lambda: False
+) -> dict[str, float]:
+    """Mean of every number that the system measures over the fixed validation samples, by `val/<name>`. Raises Leave
+    before a batch when `asked()`.
+    """
     slot = recipe.validation
     keys = fixed_keys(dataset, slot.batch_size * slot.num_batches)
     sums: dict[str, Tensor] = {}
     for batch in batches(dataset, shares(keys, ranks, slot.batch_size), workers=recipe.loop.num_workers, pin=False):
+        _leave_if(asked)
         batch = to_device(batch, ranks.device)
         places = batch["place"]
         real = torch.tensor([p >= 0 for p in places], device=ranks.device)
@@ -54,7 +65,7 @@ def evaluate(system: System, dataset: Any, recipe: Recipe, ranks: Ranks) -> dict
             measured = system.evaluate(batch, draw)
         for name, values in measured.items():
             sums[name] = sums.get(name, torch.zeros((), device=ranks.device)) + values.float()[real].sum()
-    total = ranks.sum(torch.stack(list(sums.values())))
+    total = ranks.sum(torch.stack(list(sums.values()))) * (ranks.data_world / ranks.world)
     return {f"val/{name}": value for name, value in zip(sums, (total / len(keys)).tolist(), strict=True)}
 
 
@@ -66,14 +77,16 @@ def generate(
     count: int,
     ranks: Ranks,
     seed: int = SEED,
+    asked: Callable[[], bool] = lambda: False,
     prompts: Sequence[str] = ("",),
 ) -> Tensor | None:
     """`count` clips (count, 3, T, H, W) on the CPU, of `prompts` in turn, the same whatever the ranks; None where the
-    system generates nothing.
+    system generates nothing. Raises Leave before a batch when `asked()`.
     """
     keys = [Key(seed, 0, i, i) for i in range(count)]
     clips: list[Tensor] = []
     for part in shares(keys, ranks, recipe.validation.batch_size):
+        _leave_if(asked)
         draw = Draw.fixed(
             f"sample {seed}", [key.item for key in part], [max(k.place, 0) for k in part], count, ranks.device
         )

@@ -158,7 +158,7 @@ class LVDMText2Video(Recipe):
     The script stops after 100 updates: give --max-steps. It asks for a frame stride of 4 and then reads consecutive
     frames: frame_stride is 1. It never leaves a caption out (system.conditions.0.dropout 0) although its samples are
     guided: 0.1 is a good default for guidance. No figure of merit was published. Weights: hub Yingqing/LVDM,
-    lvdm_short/t2v.ckpt. Cost: 13 TFLOP a sample for the denoiser, its gradients and recomputation, 4.4 for encoding.
+    lvdm_short/t2v.ckpt. Cost: 12.7 TFLOP a sample for the denoiser, its gradients and recomputation, 4.4 for encoding.
     """
 
     data: Data = WEBVID

@@ -46,7 +46,10 @@ class CLIPTextEncoder(nn.Module):
     def __init__(self, slot: CLIPText) -> None:
         super().__init__()
         self.slot = slot
-        self.model = CLIPTextModel(CLIPTextConfig(**{name: getattr(slot, name) for name in SAID}))
+        # the special tokens are CLIP's last two, until the tokenizer says better; they do not move the hidden states
+        start, end = max(slot.vocab_size - 2, 0), slot.vocab_size - 1
+        special = {"bos_token_id": start, "eos_token_id": end, "pad_token_id": end}
+        self.model = CLIPTextModel(CLIPTextConfig(**{name: getattr(slot, name) for name in SAID}, **special))
         self.tokenizer: CLIPTokenizer | None = None
 
     @property

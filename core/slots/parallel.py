@@ -2,31 +2,55 @@
 
 from __future__ import annotations
 
+from math import prod
+from typing import Literal
+
 from core.errors import UserError
 from core.slots.slot import Slot
 
 
 class Parallel(Slot):
-    """Replicas x shards. What is not given follows from the number of ranks."""
+    """Replicas x shards x sequence parts, over one mesh of ranks. What is None follows from the number of ranks."""
 
     replicate: int | None = None
-    """Copies of the model, each on its own samples. None: ranks / shard."""
-    shard: int = 1
-    """Ranks over which weights, gradients and optimizer state of one copy are split (FSDP2)."""
+    """Copies of the model, each on its own samples."""
+    shard: int | None = 1
+    """Ranks over which weights, gradients and optimizer state of one copy are split (FSDP2), each with its own samples.
+    None, with replicate given: all that are left.
+    """
+    sequence: int = 1
+    """Ranks over which the tokens of one sample are split; they share their samples. For denoisers that can."""
+    param_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """What the sharded weights are gathered and computed in; they are kept in fp32."""
+    reduce_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """What gradients are averaged in."""
+    offload: bool = False
+    """Keep shards of weights, gradients and optimizer state in the host's memory (slow, but large models fit)."""
 
     def check(self) -> None:
-        for name in ("replicate", "shard"):
+        for name in ("replicate", "shard", "sequence"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 self.refuse(name, "must be at least 1")
 
-    def mesh(self, world: int) -> tuple[int, int]:
-        """(replicate, shard) for `world` ranks. Raises UserError that says which numbers would fit."""
-        replicate = self.replicate if self.replicate is not None else max(world // self.shard, 1)
-        if replicate * self.shard != world:
-            fits = ", ".join(f"{world // s} x {s}" for s in range(1, world + 1) if world % s == 0)
+    def mesh(self, world: int) -> tuple[int, int, int]:
+        """(replicate, shard, sequence) for `world` ranks. Raises UserError that says which numbers would fit."""
+        replicate, shard = self.replicate, self.shard
+        if shard is None:
+            shard = max(world // ((replicate or 1) * self.sequence), 1)
+        if replicate is None:
+            replicate = max(world // (shard * self.sequence), 1)
+        found = (replicate, shard, self.sequence)
+        if prod(found) != world:
             raise UserError(
-                f"parallel: replicate {replicate} x shard {self.shard} needs {replicate * self.shard} ranks, "
-                f"there are {world}; what fits: {fits}"
+                f"parallel: replicate {replicate} x shard {shard} x sequence {self.sequence} needs {prod(found)} "
+                f"ranks, there are {world}; what fits: {self._fitting(world)}"
             )
-        return replicate, self.shard
+        return found
+
+    def _fitting(self, world: int) -> str:
+        """The meshes of `world` ranks, those with the wanted sequence if there are some."""
+        parts = [n for n in range(1, world + 1) if world % n == 0]
+        sequence = self.sequence if self.sequence in parts else 1
+        rest = world // sequence
+        return ", ".join(f"{rest // s} x {s} x {sequence}" for s in parts if rest % s == 0)

@@ -27,6 +27,8 @@ class System:
     frozen: nn.ModuleDict
     additive: ClassVar[bool] = True
     """Whether the loss of a batch is the mean of the losses of its parts (False: no accumulation)."""
+    splits_sequence: ClassVar[bool] = False
+    """Whether the tokens of one sample can be spread over ranks (the mesh's sequence dimension)."""
 
     def blocks(self) -> list[nn.Module]:
         """The units of activation checkpointing, compilation and sharding, each called once in a forward pass."""

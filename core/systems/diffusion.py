@@ -98,11 +98,11 @@ class DiffusionSystem(System):
     def _losses(self, batch: Batch, t: Tensor, draw: Draw, dropout: float = 0.0) -> Tensor:
         """Loss of each sample (B,) at timesteps t; a share `dropout` of the captions is left out."""
         objective = self.slot.objective
-        told = self._told(batch, [chance < dropout for chance in draw.chances("caption dropout")])
+        condition = self._told(batch, [chance < dropout for chance in draw.chances("caption dropout")])
         x0 = self.latents(batch["pixel_values"], draw)
         noise = draw.noise(x0.shape[1:])
         x_t = self.schedule.add_noise(x0, noise, t)
-        output = self.denoiser(x_t, t, *told).float()
+        output = self.denoiser(x_t, t, *condition).float()
         target = self.schedule.target(x0, noise, t, objective.prediction_type)
         losses = LOSSES[objective.loss](output, target)
         if objective.snr_gamma is not None:

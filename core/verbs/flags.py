@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from core.slots.slot import Slot
+
+
+def value_of(flag: str, words: Sequence[str]) -> str | None:
+    """The value of `--flag` among words that cannot be parsed yet, because what they mean depends on it."""
+    from core.cli import read_flags
+
+    return next((" ".join(found.values) for found in read_flags(words) if found.path == flag), None)
 
 
 class VerbFlags(Slot):
@@ -17,17 +25,6 @@ class VerbFlags(Slot):
     def arguments(self) -> dict[str, Any]:
         """The flags by name, for the function behind the verb."""
         return {name: value for name, value in vars(self).items() if name != "debug"}
-
-
-class Length(Slot):
-    """Flag of `resume`, beside the launch's."""
-
-    max_steps: int | None = None
-    """Train up to this many updates in all. None: as long as the recipe says."""
-
-    def check(self) -> None:
-        if self.max_steps is not None and self.max_steps < 1:
-            self.refuse("max_steps", "must be positive")
 
 
 class SampleFlags(VerbFlags):

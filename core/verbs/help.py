@@ -49,9 +49,10 @@ VERBS = {
         "python -m registry run lvdm-short-sky-tiny --max-steps 200 --output-dir runs/first",
     ),
     "resume": Verb(
-        "RUN_OR_DIR [--max-steps N] [launch flags]",
+        "RUN_OR_DIR [overrides] [launch flags]",
         A_RUN,
-        "Go on with a run that was stopped, from its newest checkpoint and with its own recipe.",
+        "Go on with a run that was stopped, from its newest whole checkpoint and with its own recipe.\n"
+        "An override that changes what is learnt needs --allow FIELD.",
         "python -m registry resume runs/first --max-steps 400",
     ),
     "sample": Verb(

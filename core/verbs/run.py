@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from core.slots import Launch, Recipe
@@ -28,20 +31,20 @@ def run(recipe: Recipe, launch: Launch, argv: Sequence[str] = ()) -> int:
     result = train(recipe, launch, argv)
     if int(os.environ.get("RANK", "0")) == 0:
         _say(result, launch.store)
-    return 128 + result.signal if result.signal else 0
+    return 128 + result.asked.signal if result.asked.signal else 0
 
 
 def _say(result: Result, given: str | None) -> None:
     """The last words of a run: where everything is."""
-    from core.checkpoint import newest
+    from core.checkpoint import checkpoints
     from core.tracking import store_uri
 
-    out, store = result.output_dir, store_uri(given)
+    out, store, stopped = result.output_dir, store_uri(given), result.asked.leave
     clip = next(iter(sorted(out.glob("samples/*/*.mp4"), reverse=True)), out / "samples")
-    print(f"{'stopped' if result.signal else 'finished'} at step {result.step}, MLflow run {result.run_id}")
+    print(f"{'stopped' if stopped else 'finished'} at step {result.step}, MLflow run {result.run_id}")
     print(f"  clip        {clip}")
-    print(f"  checkpoint  {newest(out / 'checkpoints')}")
-    if result.signal:
+    print(f"  checkpoint  {next(iter(checkpoints(out / 'checkpoints')), None)}")
+    if stopped:
         print(f"  go on with  python -m registry resume {out}")
     else:
         print(f"  weights     {out / 'export'}")
@@ -50,7 +53,9 @@ def _say(result: Result, given: str | None) -> None:
 
 
 def spawn(recipe: Recipe, launch: Launch, argv: Sequence[str]) -> int:
-    """Start the same command on `nproc` processes of this machine through torchrun."""
+    """Start the same command on `nproc` processes of this machine through torchrun. Returns 128 + the signal that ended
+    it, else torchrun's code.
+    """
     from core.preflight import preflight
 
     preflight(recipe)
@@ -60,9 +65,39 @@ def spawn(recipe: Recipe, launch: Launch, argv: Sequence[str]) -> int:
         "torch.distributed.run",
         "--standalone",
         f"--nproc-per-node={launch.nproc}",
+        f"--max-restarts={launch.max_restarts}",
         "-m",
         "--",
         "registry",
         *argv,
     ]  # torchrun would read our --nproc as its own
-    return subprocess.call(command)
+    # a session of its own: a Ctrl-C reaches it once, through us
+    torchrun = subprocess.Popen(command, start_new_session=True)
+    return _hand_signals_to(torchrun)
+
+
+def _hand_signals_to(child: subprocess.Popen[bytes]) -> int:
+    """Wait for `child`, handing on SIGTERM and SIGINT; a second SIGINT kills it with all its descendants."""
+    got: list[int] = []
+
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        again = number == signal.SIGINT and signal.SIGINT in got
+        got.append(number)
+        for pid in descendants(child.pid) if again else ():
+            os.kill(pid, signal.SIGKILL)
+        child.send_signal(signal.SIGKILL if again else number)
+
+    before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        code = child.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return 128 + got[0] if got else code
+
+
+def descendants(pid: int) -> list[int]:
+    """Process ids of all children and their children (proc(5))."""
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    direct = [int(word) for word in children.read_text().split()] if children.exists() else []
+    return [*direct, *(deeper for child in direct for deeper in descendants(child))]

@@ -13,7 +13,7 @@ from core.errors import UserError
 from core.media import enlarged, sheet, tiled, to_uint8, write_gif, write_mp4
 from core.outputs import checkpoint_of, find_run
 from core.preflight import writable
-from core.recipe_file import load
+from core.recipe_file import read
 from core.systems import System
 from core.validate import generate
 
@@ -36,7 +36,7 @@ def sample(
     The averaged weights are used where the run has them, unless `raw`. The same seed gives the same clips.
     """
     folder = find_run(where, store)
-    recipe = load((folder / "recipe.json").read_text(), str(folder / "recipe.json"))
+    recipe = read(folder)
     if prompt and not recipe.told:
         raise UserError(f"--prompt: {recipe.name} is told no text")
     prompts = list(prompt or recipe.validation.prompts) or [""]
@@ -50,7 +50,7 @@ def sample(
     place(system, recipe, here)
     system.mode(training=False)
     sampler = recipe.validation.sampler if steps is None else recipe.validation.sampler.but(num_inference_steps=steps)
-    clips = generate(system, recipe, sampler, num, here, seed, prompts)
+    clips = generate(system, recipe, sampler, num, here, seed, prompts=prompts)
     if clips is None:
         raise UserError(f"{recipe.name} is no generative recipe: it makes no samples")
     frames = to_uint8(clips)

@@ -251,7 +251,7 @@ def test_sigterm_finishes_the_update_saves_and_marks_the_run_killed(sky, store, 
     thread.start()
     result = run_here(short("lvdm-short-sky-tiny", sky, "--max-steps 500"), tmp_path / "run", store)
     thread.join()
-    assert result.signal == signal.SIGTERM and result.step < 500
+    assert result.asked.signal == signal.SIGTERM and result.step < 500
     assert find_run(str(tmp_path / "run"), None) == tmp_path / "run"
     assert (tmp_path / "run" / "checkpoints" / f"step-{result.step:08d}" / "state.json").is_file()
     assert MlflowClient(tracking_uri=store).get_run(result.run_id).info.status == "KILLED"
@@ -260,7 +260,7 @@ def test_sigterm_finishes_the_update_saves_and_marks_the_run_killed(sky, store, 
 def test_resume_refuses_a_recipe_that_learns_something_else_and_says_which_fields(finished, sky, store):
     out = finished[0]["lvdm-short-sky-tiny"].output_dir
     other = short("lvdm-short-sky-tiny", sky, "--lr 1e-5 --checkpoint.every 2")
-    with pytest.raises(UserError, match=r"optim\.lr: 0\.004 there, 1e-05 here.*--init-from"):
+    with pytest.raises(UserError, match=r"optim\.lr: 0\.004 there, 1e-05 here.*--allow optim\.lr.*--init-from"):
         train(other, Launch(resume=str(out), store=store))
 
 
@@ -278,7 +278,7 @@ def test_init_from_starts_from_the_weights_of_another_run(finished, sky, store, 
 def test_a_directory_in_use_is_refused_and_overwrite_removes_a_run_but_nothing_else(finished, sky, store, tmp_path):
     recipe = short("lvdm-short-sky-tiny", sky, "--max-steps 1")
     out = run_here(recipe, tmp_path / "run", store).output_dir
-    with pytest.raises(UserError, match=r"is not empty.*--resume.*--overwrite"):
+    with pytest.raises(UserError, match=r"is not empty.*--resume auto.*--overwrite"):
         run_here(recipe, out, store)
     assert run_here(recipe, out, store, overwrite=True).step == 1
     (out / "thesis.txt").write_text("mine")

@@ -119,6 +119,18 @@ def test_a_tokenizer_of_two_files_is_read_too(folder, tmp_path):
     assert torch.equal(_loaded(flat)(CAPTIONS), _loaded(folder)(CAPTIONS))
 
 
+def test_the_encoder_in_a_full_checkpoint_of_the_authors_is_read_with_a_tokenizer_beside_it(folder, tmp_path):
+    state = load_file(folder / "text_encoder" / "model.safetensors")
+    full = {f"cond_stage_model.transformer.{name}": tensor for name, tensor in state.items()}
+    full |= {"model.diffusion_model.out.0.weight": torch.zeros(3), "betas": torch.zeros(1000)}
+    full["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(12)[None]
+    torch.save({"state_dict": full}, tmp_path / "t2v.ckpt")
+    with pytest.raises(UserError, match="no tokenizer in it"):
+        _loaded(tmp_path / "t2v.ckpt")
+    shutil.copytree(folder / "tokenizer", tmp_path / "tokenizer")
+    assert torch.equal(_loaded(tmp_path / "t2v.ckpt")(CAPTIONS), _loaded(folder)(CAPTIONS))
+
+
 def test_what_is_written_comes_back_bit_for_bit(folder, tmp_path):
     encoder = _loaded(folder)
     encoder.write(tmp_path)

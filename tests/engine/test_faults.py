@@ -1,0 +1,53 @@
+"""A run that is killed again and again is, bit for bit, the run that was not."""
+
+import pytest
+from mlflow import MlflowClient
+from safetensors.torch import load_file
+
+from tests.engine.faults import MOMENTS, run_under_fire
+from tests.engine.running import TWINS, journal, losses, short
+
+OFTEN = (
+    "--max-steps 14 --checkpoint.every 3 --checkpoint.keep 2 --validation.every 4 --validation.sample-every 5 "
+    "--loop.log-every 1"
+)
+
+
+def undisturbed_and_under_fire(name, sky, store, folder, moments, seed, workers=0):
+    calm = short(name, sky, OFTEN)
+    run_under_fire(calm, folder / "calm", store, [], seed)
+    kills = run_under_fire(short(name, sky, f"{OFTEN} --num-workers {workers}"), folder / "fire", store, moments, seed)
+    return folder / "calm", folder / "fire", kills
+
+
+def assert_the_same(calm, fire, store):
+    assert losses(fire) == losses(calm) and losses(calm).keys() == set(range(1, 15))
+    for line in journal(fire):  # those that were computed twice, too
+        if "loss" in line:
+            assert line["loss"] == losses(calm)[line["step"]]
+    mine, theirs = ({p.name: load_file(p) for p in out.glob("export/*/*.safetensors")} for out in (fire, calm))
+    assert mine.keys() == theirs.keys() and len(mine) > 0
+    for name in mine:
+        assert all((mine[name][key] == theirs[name][key]).all() for key in mine[name])
+    validated = [
+        {line["step"]: line["val/loss"] for line in journal(out) if "val/loss" in line} for out in (fire, calm)
+    ]
+    assert validated[0] == validated[1] and validated[0].keys() == {4, 8, 12, 14}
+    client = MlflowClient(tracking_uri=store)
+    runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    assert [run.info.status for run in runs] == ["FINISHED", "FINISHED"]
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_a_run_killed_at_any_moment_has_the_losses_and_weights_of_an_undisturbed_one(name, sky, store, tmp_path):
+    calm, fire, kills = undisturbed_and_under_fire(name, sky, store, tmp_path, list(MOMENTS), seed=1)
+    assert set(kills.moments) >= {"start-up", "step", "save", "validation", "sampling"}
+    assert_the_same(calm, fire, store)
+
+
+def test_the_same_with_data_read_by_workers(sky, store, tmp_path):
+    calm, fire, kills = undisturbed_and_under_fire(
+        "lvdm-short-sky-tiny", sky, store, tmp_path, ["step", "save"], seed=2, workers=2
+    )
+    assert kills.moments == ["step", "save"]
+    assert_the_same(calm, fire, store)
