@@ -22,7 +22,7 @@ from data.slots import CaptionedVideos
 TINY_KL_VAE = FrameVAE(
     block_out_channels=(8, 16, 32, 32),
     layers_per_block=1,
-    norm_num_groups=2,
+    norm_num_groups=4,
     scale_factor=None,
     shift_factor=None,
     source="shipped with this project",
@@ -66,6 +66,6 @@ class KLVAETiny(KLVAE):
         max_grad_norm=1.0,
         schedule=Schedule(name="cosine", warmup_steps=30),
     )
-    loop: Loop = Loop(max_steps=2000, global_batch=8, micro_batch=8, seed=23)
+    loop: Loop = Loop(max_steps=1500, global_batch=8, micro_batch=8, seed=23)
     validation: Validation = Validation(every=200, sample_every=1000, batch_size=8)
     checkpoint: Checkpoint = Checkpoint(every=200)
