@@ -36,7 +36,12 @@ claims: $(READY) ## what takes longer: that every twin learns
 bench: $(READY) ## a table of ratios against the bare limit
 	$(BIN)/python -m benchmarks
 
-weights: $(READY) ## remake the autoencoder that ships with the project
+weights: $(READY) ## remake what ships with the project: two autoencoders and a text encoder
 	$(BIN)/python -m registry run lvdm-video-vae-tiny --output-dir runs/shipped-vae --overwrite
 	$(BIN)/python -m registry measure-latents lvdm-short-sky-tiny --weights runs/shipped-vae --write
 	$(BIN)/python -m core.weights.half runs/shipped-vae/export/vae core/weights/shipped/lvdm-video-vae-tiny
+	$(BIN)/python -m registry run kl-vae-tiny --output-dir runs/shipped-kl-vae --overwrite
+	$(BIN)/python -m registry measure-latents kl-vae-tiny --weights runs/shipped-kl-vae --write
+	$(BIN)/python -m core.weights.half runs/shipped-kl-vae/export/vae core/weights/shipped/kl-vae-tiny
+	$(BIN)/python -m data.synthetic_captions --root runs/shipped-captions
+	$(BIN)/python -m core.weights.text_tower runs/shipped-captions/train.csv core/weights/shipped/clip-text-tiny

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from core.slots import Launch, Recipe
 from core.train import Result, train
+from data.slots import CaptionedVideos
 from registry import get
 
 REPO = Path(__file__).parents[2]
@@ -16,13 +17,16 @@ SHORT = (
     "--validation.every 0 --validation.sample-every 0 --validation.batch-size 2 --validation.num-batches 2 "
     "--validation.num-samples 2 --validation.metric-clips 0 --validation.sampler.num-inference-steps 2 --checkpoint.every 0"
 )
-TWINS = ("lvdm-short-sky-tiny", "lvdm-video-vae-tiny")
+TWINS = ("lvdm-short-sky-tiny", "lvdm-video-vae-tiny", "lvdm-text2video-tiny", "kl-vae-tiny")
 
 
 def flags(name: str, sky: Path, more: str = "") -> list[str]:
-    """The words after `run` for a short run; later flags win over those of SHORT."""
+    """The words after `run` for a short run; later flags win over those of SHORT. The data are those of the fixture
+    `sky`, or the captioned clips beside them.
+    """
     words: dict[str, str] = {}
-    pairs = f"{SHORT} --data-root {sky} {more}".split()
+    root = sky.parent / "clouds" if isinstance(get(name).data, CaptionedVideos) else sky
+    pairs = f"{SHORT} --data-root {root} {more}".split()
     for flag, value in zip(pairs[::2], pairs[1::2], strict=True):
         words[flag] = value
     return [name, *(word for pair in words.items() for word in pair)]
