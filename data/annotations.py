@@ -25,6 +25,7 @@ from pyarrow import csv
 from core.errors import UserError, did_you_mean
 from core.hashing import hash_text, mix64_array
 from data.cache import cached
+from data.samples import sorted_places
 
 VERSION = 1  # of the index: raise it when its files change
 BLOCK = 4 << 20  # bytes of a csv file that are read at a time; a row cannot be longer
@@ -234,7 +235,7 @@ class Writer:
         """The hashes in order, the rows in the order of their hashes, and what the table is."""
         kind = np.uint32 if self.rows < 1 << 32 else np.uint64
         unsorted = np.memmap(self.folder / "hashes", np.uint64, "r") if self.rows else np.empty(0, np.uint64)
-        order = np.argsort(unsorted, kind="stable").astype(kind)
+        order = sorted_places(unsorted).astype(kind)
         np.save(self.folder / "rows.npy", order)
         ordered = np.lib.format.open_memmap(self.folder / "hashes.npy", "w+", np.uint64, (self.rows,))
         for start in range(0, self.rows, 1 << 20):

@@ -59,11 +59,6 @@ class CaptionedClips(Samples):
         """Straight from the index: nothing is hashed, and nothing kept."""
         return self.names.hashes()
 
-    def order(self, seed: int, epoch: int) -> np.ndarray:
-        """The base's order in 32 bits: with ten million rows, 40 MB an epoch."""
-        kind = np.int32 if len(self) < 1 << 31 else np.int64
-        return super().order(seed, epoch).astype(kind)
-
     def read(self, index: int, rng: np.random.Generator) -> Sample:
         """A start that `rng` draws, then the crop's place."""
         name, caption = self.found.table.row(self.names.first + index)
