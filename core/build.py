@@ -21,7 +21,7 @@ from core.outputs import checkpoint_of, default_run_name, find_run, output_dir, 
 from core.precision import DTYPES, Scaler
 from core.preflight import frozen_parts
 from core.recipe_file import dump, load
-from core.slots import Launch, Optim, Recipe
+from core.slots import Autoencoder, Launch, Optim, Recipe
 from core.systems import System
 from core.weights.load import load_component
 
@@ -144,13 +144,17 @@ def load_frozen(recipe: Recipe, system: System) -> None:
         if slot.weights is None:
             raise UserError(f"{path}.weights is not set: this part is frozen and needs trained weights")
         module = system.frozen[slot.component]
+        if not isinstance(slot, Autoencoder):  # it knows what it needs besides tensors
+            module.load(slot.weights)  # type: ignore[operator]
+            continue
         config = load_component(module, slot.weights, slot.component)
         if slot.scale_factor is None:
-            if "scale_factor" not in config:
+            constants = module.constants_of(config)  # type: ignore[operator]
+            if not config or constants is None:
                 raise UserError(
                     f"{path}.scale_factor: the weights carry no latent constants; `measure-latents` prints them"
                 )
-            module.register_to_config(scale_factor=config["scale_factor"], shift_factor=config["shift_factor"])  # type: ignore[operator]
+            module.register_to_config(**module.constants_config(*constants))  # type: ignore[operator]
 
 
 def prepare_blocks(system: System, checkpointing: bool, compiled: bool) -> None:

@@ -102,7 +102,7 @@ def activation_bytes(recipe: Recipe, system: System) -> int:
 
     places = list(range(micro))
     video = torch.empty(micro, 3, *recipe.data.clip_shape(), device="meta")
-    batch = {"pixel_values": video, "id": [""] * micro, "place": places}
+    batch = {"pixel_values": video, "caption": [""] * micro, "id": [""] * micro, "place": places}
     draw = Draw.training(0, 0, places, recipe.loop.global_batch, "meta")
     with (
         torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),

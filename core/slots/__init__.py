@@ -1,10 +1,10 @@
 """The slot classes of a recipe, by kind. Nothing here imports torch."""
 
-from core.slots.autoencoder import Autoencoder, VideoVAE
+from core.slots.autoencoder import Autoencoder, FrameVAE, VideoVAE
 from core.slots.checkpoint import Checkpoint
-from core.slots.condition import Condition
+from core.slots.condition import CLIPText, Condition
 from core.slots.data import Data
-from core.slots.denoiser import Denoiser, LVDMShortUNet
+from core.slots.denoiser import Denoiser, LVDMShortUNet, LVDMTextUNet
 from core.slots.launch import Launch
 from core.slots.loop import Loop
 from core.slots.objective import Objective
@@ -23,12 +23,15 @@ __all__ = [
     "AdamW",
     "Autoencoder",
     "Autoencoding",
+    "CLIPText",
     "Checkpoint",
     "Condition",
     "Data",
     "Denoiser",
     "Diffusion",
+    "FrameVAE",
     "LVDMShortUNet",
+    "LVDMTextUNet",
     "Launch",
     "Loop",
     "Objective",

@@ -44,13 +44,16 @@ def load_component(module: nn.Module, spec: str, component: str) -> dict[str, An
 
     Raises UserError for missing, unused or misshapen tensors.
     """
-    path = locate(spec, component)
-    if path.is_dir():
-        state, config = _diffusers_state(path), _config(path)
-    else:
-        state, config = original_state(path, cast(Part, component)), {}
+    state, config = read_component(locate(spec, component), component)
     load_strict(module, state)
     return config
+
+
+def read_component(path: Path, component: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a component in a folder or checkpoint file, and the config beside them (may be empty)."""
+    if path.is_dir():
+        return _diffusers_state(path), _config(path)
+    return original_state(path, cast(Part, component)), {}
 
 
 def _shipped(name: str) -> Path:

@@ -13,8 +13,13 @@ from torch import Tensor, nn
 
 from core.errors import UserError
 
-Part = Literal["unet", "unet_ema", "vae"]
-PREFIXES = {"unet": "model.diffusion_model.", "unet_ema": "model_ema.", "vae": "first_stage_model."}
+Part = Literal["unet", "unet_ema", "vae", "text_encoder"]
+PREFIXES = {
+    "unet": "model.diffusion_model.",
+    "unet_ema": "model_ema.",
+    "vae": "first_stage_model.",
+    "text_encoder": "cond_stage_model.transformer.",
+}
 SHOWN = 4
 
 
