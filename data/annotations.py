@@ -108,11 +108,13 @@ class Index:
         return f"{self.row(place)[0]}#{copy}" if copy else self.row(place)[0]
 
     def below(self, share: float) -> int:
-        """How many rows belong to the `share` of videos with the lowest hashes: a video never leaves it when others
-        join."""
+        """How many rows belong to the `share` of videos with the lowest hashes, one video at least: a video never
+        leaves it when others join."""
         if share >= 1.0:
             return len(self)
-        return int(np.searchsorted(self.maps.hashes, np.uint64(int(share * 2.0**64)), side="left"))
+        hashes = self.maps.hashes
+        border = max(int(share * 2.0**64), int(hashes[0]) + 1)
+        return int(np.searchsorted(hashes, np.uint64(border), side="left"))
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_maps": None}
@@ -290,7 +292,9 @@ def _csv_blocks(source: Source, dropped: Dropped) -> Iterator[tuple[pa.Array, pa
             captions, *parts = _texts(batch, dropped)
             yield _joined(source, parts), captions
     except pa.ArrowInvalid as error:
-        raise UserError(f"{source.file} is not a csv file that can be read: {_one_line(error)}") from None
+        raise UserError(
+            f"{source.file} is not a csv file that can be read: {_one_line(error)}. Is a quotation mark not closed?"
+        ) from None
 
 
 def _joined(source: Source, columns: list[pa.Array]) -> pa.Array:

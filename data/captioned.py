@@ -139,9 +139,11 @@ class CaptionedClips(Samples):
 
 
 def _root_of(slot: CaptionedVideos) -> Path:
-    """The resolved root."""
+    """The resolved root; the synthetic clouds when none was named."""
     if slot.root is None:
-        raise UserError("name the folder of the videos: --data-root.")
+        from data.synthetic_captions import clouds_root
+
+        return clouds_root().resolve()
     if not slot.root.is_dir():
         what = "is a file; name the folder of the videos" if slot.root.exists() else "does not exist"
         raise UserError(f"the data folder {slot.root} {what}{_near(slot.root)}.")
@@ -231,7 +233,7 @@ def _part(slot: CaptionedVideos, found: Found) -> tuple[int, int]:
     total = len(found.table)
     if found.split or slot.split == "all":
         return 0, total
-    border = max(found.table.below(slot.held_out_share), 1) if slot.held_out_share else 0
+    border = found.table.below(slot.held_out_share) if slot.held_out_share else 0
     first, last = (0, border) if slot.split == slot.held_out_split else (border, total)
     if first >= last:
         raise UserError(

@@ -85,7 +85,13 @@ def _with_a_picture_side(folder, tmp_path):
     """A full CLIP, whose text side is ours."""
     flat = _transformers_folder(folder, tmp_path)
     text = json.loads((flat / "config.json").read_text())
-    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32}
+    small = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 32,
+    }
     state = CLIPModel(CLIPConfig(text_config=text, vision_config=small)).state_dict()
     ids = torch.arange(12)[None]
     own = load_file(flat / "model.safetensors")
