@@ -170,7 +170,7 @@ def choose(times: np.ndarray, count: int, stride: int, fps: float | None, rng: n
 
 def _draw(starts: int, has: float, needs: float, rng: np.random.Generator) -> int:
     if starts < 1:
-        unit = "frames" if isinstance(has, int) else "seconds"
+        unit = "frames" if isinstance(has, int) else "s"
         raise Unreadable(f"is too short: it has {has:.4g} {unit}, and a clip covers {needs:.4g}")
     return int(rng.integers(0, starts))
 
