@@ -67,6 +67,8 @@ def csv_text(rows: Sequence[Sequence[str]], header: Sequence[str] = ("name", "co
 @given(ROWS, st.sampled_from(["\r\n", "\n"]), st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]))
 @example([("a.mp4", 'says "hi", twice\nand goes on'), ("b.mp4", ""), ("a.mp4", " padded ")], "\n", csv.QUOTE_MINIMAL)
 def test_a_csv_comes_back_as_it_was_written(rows: list[tuple[str, str]], line_end: str, quoting: int):
+    if any("\r" in caption for _, caption in rows):
+        quoting = csv.QUOTE_ALL  # Python's writer leaves a lone carriage return without quotes, where it ends a line
     text = csv_text([(caption, path) for path, caption in rows], lineterminator=line_end, quoting=quoting)
     index = index_of(source(text))
     assert sorted(rows_of(index)) == sorted(rows)

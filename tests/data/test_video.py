@@ -139,8 +139,8 @@ def test_pixels_that_are_not_square_count_as_wide_as_they_are_shown(tmp_path: Pa
 # ---- which frames ----
 
 
-@given(st.integers(1, 60), st.integers(1, 6), st.integers(1, 5), st.integers(0, 2**32))
-def test_without_fps_a_clip_is_every_stride_th_frame_from_a_start_that_leaves_room(
+@given(st.integers(1, 30), st.integers(1, 6), st.integers(1, 5), st.integers(0, 2**32))
+def test_without_fps_a_clip_is_every_stride_th_frame_from_any_start_that_leaves_room(
     frames: int, count: int, stride: int, seed: int
 ):
     times = np.cumsum(np.random.default_rng(seed).uniform(0.01, 1, frames))
@@ -150,7 +150,7 @@ def test_without_fps_a_clip_is_every_stride_th_frame_from_a_start_that_leaves_ro
         with pytest.raises(Unreadable, match=rf"too short: it has {frames} frames, and a clip covers {span}"):
             choose(times, count, stride, None, rng)
         return
-    starts = {int(choose(times, count, stride, None, rng)[0]) for _ in range(12 * (frames - span + 1))}
+    starts = {int(choose(times, count, stride, None, rng)[0]) for _ in range(40 * (frames - span + 1))}
     assert starts == set(range(frames - span + 1))
     chosen = choose(times, count, stride, None, rng)
     assert (np.diff(chosen) == stride).all()
