@@ -24,7 +24,7 @@ UNREAD = -1
 
 
 def read(video: Tensor) -> dict[str, Tensor]:
-    """Clips (N, 3, T, H, W) in [-1, 1] -> per attribute (N,) int64: index of the word seen, UNREAD where there is none."""
+    """Clips (N, 3, T, H, W) in [-1, 1] -> per attribute (N,) int64: index of the word seen, or UNREAD."""
     pixels = (video.float() + 1) / 2
     backdrop = pixels.flatten(3).median(-1).values[..., None, None]  # (N, 3, T, 1, 1)
     away = pixels - backdrop
@@ -87,13 +87,13 @@ def scores(video: Tensor, captions: Sequence[str]) -> dict[str, float]:
     return found
 
 
-def report(generated: Tensor, real: Tensor, captions: Sequence[str]) -> dict[str, float]:
-    """The scores of clips generated from `captions`, beside those of real clips of the same captions, of the generated
-    ones with each other's captions, and of one mean clip for all captions.
+def report(generated: Tensor, captions: Sequence[str], real: Tensor, real_captions: Sequence[str]) -> dict[str, float]:
+    """The scores of clips generated from `captions`, beside those of real clips (the reader's own errors), of the
+    generated ones with each other's captions, and of one mean clip for all captions.
     """
     shuffled = [captions[i] for i in torch.randperm(len(captions), generator=torch.Generator().manual_seed(0))]
     mean = real.mean(0, keepdim=True).expand_as(real)
-    trivial = {"real": (real, captions), "shuffled": (generated, shuffled), "mean_clip": (mean, captions)}
+    beside = {"real": (real, real_captions), "shuffled": (generated, shuffled), "mean_clip": (mean, real_captions)}
     return scores(generated, captions) | {
-        f"{name}_{which}": value for which, pair in trivial.items() for name, value in scores(*pair).items()
+        f"{name}_{which}": value for which, pair in beside.items() for name, value in scores(*pair).items()
     }

@@ -126,10 +126,10 @@ def _batch(recipe: Recipe) -> str:
 def render(recipe: Recipe, planned: Plan) -> str:
     """The plan as plain text."""
     lines = [f"{recipe.name}: {planned.steps}, {planned.batch}", ""]
-    lines += [f"{'module':<12}{'class':<22}{'parameters':>16}{'tensors':>9}  "]
+    lines += [f"{'module':<14}{'class':<22}{'parameters':>16}{'tensors':>9}  "]
     for row in planned.modules:
         lines.append(
-            f"{row.name:<12}{row.kind:<22}{row.parameters:>16,}{row.tensors:>9}  "
+            f"{row.name:<14}{row.kind:<22}{row.parameters:>16,}{row.tensors:>9}  "
             f"{'trained' if row.trained else 'frozen'}"
         )
     lines += ["", f"{'memory of one rank':<34}{'GiB':>16}"]

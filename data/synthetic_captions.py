@@ -1,9 +1,9 @@
-"""Captioned clips that anyone can make: one coloured cloud that drifts, in the layout of WebVid, for text-to-video without
-downloads.
+"""Captioned clips that anyone can make: one coloured cloud that drifts, in the layout of WebVid, for text-to-video
+without downloads.
 
 What a caption says can be measured in its clip: one of six colours, one of four directions, one of two speeds, as
-`core.slots.metric` defines the words. A cloud is a soft disc with a ragged edge and shaded texture, moved exactly by the
-shift theorem; it never leaves the picture.
+`core.slots.metric` defines the words. A cloud is a soft disc with a ragged edge and shaded texture, moved exactly by
+the shift theorem; it never leaves the picture.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ DEFAULT = {"train_clips": 576, "test_clips": 96, "frames": 16, "size": 64, "seed
 FPS = 8
 CRF = "6"  # H.264 quality: 45 dB on these clips
 JITTER = np.deg2rad(8)  # a direction is kept to this
-RADIUS = (0.13, 0.18)  # of a cloud, in sides of the picture
+RADIUS = (0.15, 0.21)  # of a cloud, in sides of the picture
 RAGGED = 0.22  # how far noise moves the edge, in radii a deviation
-REACH = 1.4  # radii from the centre at which a cloud has ended
+REACH = 1.35  # radii from the centre at which a cloud has ended
 PHRASES = (
     "a {colour} cloud drifts {speed} {way}",
     "a {colour} cloud moving {speed} {way}",

@@ -50,7 +50,7 @@ def test_grain_does_not_mislead(clips):
 
 
 def test_clips_that_did_not_listen_are_at_chance_and_the_report_says_so(clips):
-    found = report(clips, clips, CAPTIONS)
+    found = report(clips, CAPTIONS, clips, CAPTIONS)
     for name, words in WORDS.items():
         assert found[f"{name}_score"] == found[f"{name}_score_real"] == 1.0
         assert abs(found[f"{name}_score_shuffled"] - 1 / len(words)) < 0.15

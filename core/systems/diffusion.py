@@ -32,7 +32,8 @@ class DiffusionSystem(System):
         for part in (slot.autoencoder, *slot.conditions):
             if part is not None:
                 built = part.build().requires_grad_(False).eval()
-                self.frozen[part.component] = built.to(DTYPES[part.dtype])  # type: ignore[union-attr]
+                # not diffusers' own `to`, which warns of every change of dtype
+                self.frozen[part.component] = nn.Module.to(built, DTYPES[part.dtype])  # type: ignore[union-attr]
         self.schedule = NoiseSchedule(
             objective.beta_start, objective.beta_end, objective.beta_schedule, objective.num_train_timesteps
         )

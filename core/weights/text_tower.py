@@ -1,5 +1,5 @@
-"""Makes the tiny CLIP text tower that ships with the project: tokenizer and encoder in transformers' own format, trained
-on captions in seconds, so that the twins of text-to-video recipes need no download.
+"""Makes the tiny CLIP text tower that ships with the project: tokenizer and encoder in transformers' own format.
+Trained on captions in seconds, so that the twins of text-to-video recipes need no download.
 
 The tokenizer is byte-level as CLIP's: any text has tokens, and each word of the captions is one. The encoder learns to
 say at the end of a caption which colour, direction and speed it names; what a denoiser then attends to is its last
@@ -75,7 +75,7 @@ def _merged(word: Word, pair: Pair) -> Word:
 
 
 def write_tokenizer(captions: Iterable[str], folder: Path) -> CLIPTokenizer:
-    """`vocab.json` in CLIP's order (bytes, bytes that end a word, merges, the two marks), `merges.txt` and the config."""
+    """`vocab.json` in CLIP's order (bytes, bytes that end a word, merges, two marks), `merges.txt` and the config."""
     folder.mkdir(parents=True, exist_ok=True)
     symbols, merges = byte_symbols(), learn_merges(captions)
     words = [*symbols, *(s + LAST for s in symbols), *map("".join, merges), START, END]
