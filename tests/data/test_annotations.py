@@ -203,7 +203,7 @@ def test_a_table_that_cannot_be_read_leaves_nothing_in_the_cache(cache: Path):
 
 
 def many(count: int) -> Source:
-    return source(csv_text([(f"caption {n}", f"{n % 7}/{n}.mp4") for n in range(count)]))
+    return source(csv_text([(f"caption\n{n}", f"{n % 7}/{n}.mp4") for n in range(count)]))
 
 
 def test_an_index_is_made_once_and_again_when_the_file_changes(cache: Path, monkeypatch: pytest.MonkeyPatch):
@@ -217,6 +217,10 @@ def test_an_index_is_made_once_and_again_when_the_file_changes(cache: Path, monk
     second = index_of(table)
     assert second.folder != first.folder
     assert (len(first), len(second)) == (10, 11)
+    before = table.file.stat()
+    table.file.write_bytes(table.file.read_bytes().replace(b"more.mp4", b"last.mp4"))
+    os.utime(table.file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert ("last.mp4", "more") in rows_of(index_of(table))
 
 
 def test_rows_are_sorted_by_the_hash_of_their_path_over_all_batches(monkeypatch: pytest.MonkeyPatch):
