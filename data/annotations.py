@@ -168,16 +168,24 @@ class Names(Sequence[str]):
 # ---- making an index ------------------------------------------------------------------------------------------------
 
 
-def index_of(source: Source) -> Index:
-    """The index of an annotation file, made on first use: a file that has changed is another one.
+def index_of(*sources: Source) -> Index:
+    """The index of annotation files, made on first use: a file that has changed is another one.
 
-    Raises UserError when the file cannot be read or lacks a column.
+    Raises UserError when a file cannot be read or lacks a column.
     """
-    stat = source.file.stat()
-    with source.file.open("rb") as file:
-        head = blake2b(file.read(1 << 20), digest_size=16).hexdigest()
-    key = {"source": source, "size": stat.st_size, "mtime": stat.st_mtime_ns, "head": head}
-    return _made(key, lambda writer: _read(source, writer))
+
+    def fill(writer: Writer) -> None:
+        for source in sources:
+            _read(source, writer)
+
+    return _made({f"{number}": (source, *_state(source.file)) for number, source in enumerate(sources)}, fill)
+
+
+def _state(file: Path) -> tuple[int, int, str]:
+    """Size, time and a hash of the beginning."""
+    stat = file.stat()
+    with file.open("rb") as stream:
+        return stat.st_size, stat.st_mtime_ns, blake2b(stream.read(1 << 20), digest_size=16).hexdigest()
 
 
 def index_of_rows(rows: Sequence[tuple[str, str]], dropped: Dropped) -> Index:
@@ -199,7 +207,12 @@ def _made(key: dict[str, Any], fill: Fill) -> Index:
             fill(writer)
         writer.finish()
 
-    return Index(cached("index", VERSION, key, write))
+    try:
+        return Index(cached("index", VERSION, key, write))
+    except OSError as error:
+        raise UserError(
+            f"cannot write an index of the annotations to the cache ({error}): name another with REGISTRY_CACHE."
+        ) from None
 
 
 class Writer:
@@ -351,7 +364,7 @@ def _json_rows(source: Source, dropped: Dropped) -> Iterator[list[str]]:
             if not checked:
                 _check_columns(source, list(found))
                 checked = True
-            row = [found.get(column) for column in columns]
+            row = [str(value) if type(value := found.get(column)) is int else value for column in columns]
             if all(map(_is_text, row)):
                 yield row  # type: ignore[misc]
             else:

@@ -152,35 +152,37 @@ def _root_of(slot: CaptionedVideos) -> Path:
 
 def _find(slot: CaptionedVideos, root: Path) -> Found:
     """The table that was named, else the root's own, else the root's videos."""
-    table, split = _table(slot, root)
-    if table is None:
+    tables, split = _tables(slot, root)
+    if not tables:
         return _folder(slot, root)
-    layout = recognise(table) if slot.layout == "auto" else slot.layout
+    layout = recognise(tables[0]) if slot.layout == "auto" else slot.layout
     path = slot.path or COLUMNS[layout][0]
-    index = index_of(Source(table, layout, path, slot.caption, root))
+    index = index_of(*(Source(table, layout, path, slot.caption, root) for table in tables))
     if not len(index):
-        raise UserError(_explain_empty(table, layout, path, slot.caption, index.about["dropped"]))
-    return Found(index, layout, f"{layout} ({table.name}: {slot.caption}, {path})", split)
+        raise UserError(_explain_empty(tables[0], layout, path, slot.caption, index.about["dropped"]))
+    names = ", ".join(table.name for table in tables)
+    return Found(index, layout, f"{layout} ({names}: {slot.caption}, {path})", split)
 
 
-def _table(slot: CaptionedVideos, root: Path) -> tuple[Path | None, bool]:
-    """The annotation file, and whether it is that of the split alone. None: the root is a plain folder."""
+def _tables(slot: CaptionedVideos, root: Path) -> tuple[list[Path], bool]:
+    """The annotation files, and whether they are those of the split alone. None: the root is a plain folder."""
     if slot.layout == "folder":
-        return None, False
+        return [], False
     if slot.annotations is not None:
-        return _named_table(slot.annotations, slot.split, root)
-    for name in (f"{slot.split}{ending}" for ending in TABLES):
-        if (root / name).is_file():
-            return root / name, True
+        table, split = _named_table(slot.annotations, slot.split, root)
+        return [table], split
     tables = sorted(path for path in root.iterdir() if path.suffix in TABLES and path.is_file())
-    if len(tables) > 1:
+    own = [path for path in tables if path.stem == slot.split]
+    if len(own) == 1:
+        return own, True
+    if len(tables) > 1 and slot.split != "all":
         names = ", ".join(path.name for path in tables[:5])
         raise UserError(
-            f"{root} has several tables ({names}), and none is called {slot.split}: name one as annotations."
+            f"{root} has several tables ({names}), and not one called {slot.split}: name it as annotations."
         )
     if slot.layout != "auto" and not tables:
         raise UserError(f"no {slot.layout} table in {root}; name it as annotations.")
-    return (tables[0] if tables else None), False
+    return tables, False
 
 
 def _named_table(named: Path, split: str, root: Path) -> tuple[Path, bool]:

@@ -96,6 +96,7 @@ def test_neither_the_order_of_the_rows_nor_the_layout_changes_what_a_table_is(ro
 def test_columns_may_stand_anywhere_and_a_byte_order_mark_before_them():
     text = "\ufeffduration,contentUrl,page_dir,name\n3,x.mp4,p,a cloud\n"
     assert rows_of(index_of(source(text))) == [("x.mp4", "a cloud")]
+    assert rows_of(index_of(source('\ufeff{"name": "a", "afs_path": "x.mp4"}\n', "jsonl"))) == [("x.mp4", "a")]
 
 
 def test_a_path_can_be_made_of_several_columns():
@@ -103,7 +104,7 @@ def test_a_path_can_be_made_of_several_columns():
     assert rows_of(index_of(source(text, path="videos/{page_dir}/{videoid}.mp4"))) == [
         ("videos/000_001/17.mp4", "a cloud")
     ]
-    line = '{"name": "a cloud", "dir": "d", "id": "5"}'
+    line = '{"name": "a cloud", "dir": "d", "id": 5}'
     assert rows_of(index_of(source(line, "jsonl", path="{dir}/{id}.mp4"))) == [("d/5.mp4", "a cloud")]
 
 

@@ -111,12 +111,14 @@ def test_a_table_in_the_root_is_found_and_the_splits_own_comes_first(root: Path)
     slot = CaptionedVideos(root=root, held_out_split="val", num_frames=4)
     assert captions(slot.build()) == {"a.mp4": "train"}
     assert captions(slot.held_out().build()) == {"b.mp4": "val"}
+    (root / "everything.csv").unlink()
+    assert captions(slot.but(split="all").build()) == {"a.mp4": "train", "b.mp4": "val"}
 
 
 def test_several_tables_of_which_none_is_the_splits_are_an_error_that_names_them(root: Path):
     for name in ("one.csv", "two.jsonl"):
         (root / name).write_text("name,contentUrl\n")
-    with pytest.raises(UserError, match=r"several tables \(one\.csv, two\.jsonl\), and none is called train"):
+    with pytest.raises(UserError, match=r"several tables \(one\.csv, two\.jsonl\), and not one called train"):
         clips(root)
 
 
@@ -388,6 +390,12 @@ def test_a_wrong_root_or_table_says_at_once_what_was_expected_and_found(root: Pa
 def _empty(root: Path) -> Path:
     (root / "empty").mkdir()
     return root / "empty"
+
+
+def test_a_cache_that_cannot_be_written_is_named(root: Path, cache: Path):
+    cache.write_text("a file where the folder should be")
+    with pytest.raises(UserError, match=r"cannot write an index .* name another with REGISTRY_CACHE"):
+        clips(root)
 
 
 # ---- the slot ----
