@@ -47,6 +47,7 @@ def _refuse_words_for_the_deaf(recipe: Recipe) -> None:
     validation, plain = recipe.validation, Sampler()
     said = {
         "prompts": validation.prompts != (),
+        "metric": validation.metric is not None,
         "sampler.guidance_scale": validation.sampler.guidance_scale != plain.guidance_scale,
         "sampler.negative_prompt": validation.sampler.negative_prompt != plain.negative_prompt,
     }

@@ -19,7 +19,7 @@ from core.progress import Progress
 from core.slots import Launch, Recipe
 from core.stopping import Stop
 from core.tracking import Tracker, open_run
-from core.validate import evaluate, frechet, generate, prompts_of, reconstructions
+from core.validate import evaluate, frechet, generate, metric, prompts_of, reconstructions
 
 
 class Report:
@@ -124,10 +124,16 @@ class Report:
             self._say(prompts[: slot.num_samples])
         if made is None or not final or not slot.metric_clips:
             return {}
-        values = self.here.agree(frechet(made, built.dataset, built.held_out, self.recipe) if self.here.first else None)
+        values = self.here.agree(self._measured(made, prompts, built) if self.here.first else None)
         self.metrics(values)
         self.bar.line("  ".join(f"{k.removeprefix('val/')} {v:.3f}" for k, v in values.items()))
         return dict(values)
+
+    def _measured(self, made: Tensor, prompts: Sequence[str], built: Built) -> dict[str, float]:
+        """What generated clips are worth, each number beside its trivial baselines."""
+        return frechet(made, built.dataset, built.held_out, self.recipe) | metric(
+            made, prompts, built.held_out, self.recipe
+        )
 
     def _show(self, name: str, clips: Tensor) -> None:
         folder = self.folder / "samples" / f"step-{self.now:08d}"

@@ -143,3 +143,13 @@ def frechet(generated: Tensor, training: Any, held_out: Any, recipe: Recipe) -> 
     real = real_clips(held_out, count, workers)
     report = frechet_report(generated, real, real_clips(training, count, workers))
     return {f"val/{name}": value for name, value in report.items()} | {"val/frechet_clips": float(len(real))}
+
+
+def metric(generated: Tensor, prompts: Sequence[str], held_out: Any, recipe: Recipe) -> dict[str, float]:
+    """The scores of the recipe's own metric for clips generated from `prompts`, by `val/<name>`; none without one."""
+    slot = recipe.validation.metric
+    if slot is None:
+        return {}
+    real = real_clips(held_out, len(generated), recipe.loop.num_workers)
+    found = slot.build()(generated, prompts, real, captions(held_out, len(real)))
+    return {f"val/{name}": value for name, value in found.items()}

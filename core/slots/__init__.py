@@ -7,6 +7,7 @@ from core.slots.data import Data
 from core.slots.denoiser import Denoiser, LVDMShortUNet, LVDMTextUNet
 from core.slots.launch import Launch
 from core.slots.loop import Loop
+from core.slots.metric import ColourAndMotion, Metric
 from core.slots.objective import Objective
 from core.slots.optim import EMA, AdamW, Optim, ParamGroup, Schedule
 from core.slots.parallel import Parallel
@@ -25,6 +26,7 @@ __all__ = [
     "Autoencoding",
     "CLIPText",
     "Checkpoint",
+    "ColourAndMotion",
     "Condition",
     "Data",
     "Denoiser",
@@ -34,6 +36,7 @@ __all__ = [
     "LVDMTextUNet",
     "Launch",
     "Loop",
+    "Metric",
     "Objective",
     "Optim",
     "Parallel",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from core.slots.data import Data
+from core.slots.metric import Metric
 from core.slots.slot import Slot
 
 if TYPE_CHECKING:
@@ -78,7 +79,9 @@ class Validation(Slot):
     num_samples: int = 4
     """Clips that are generated and shown."""
     metric_clips: int = 0
-    """Clips that are generated for the Fréchet distance at the end of the run. 0: it is not computed."""
+    """Clips that are generated for the Fréchet distance and the metric at the end of the run. 0: there is neither."""
+    metric: Metric | None = None
+    """What the clips are scored by besides the Fréchet distance."""
     sampler: Sampler = DDIM()
     """How samples are made."""
     prompts: tuple[str, ...] = ()
@@ -95,3 +98,5 @@ class Validation(Slot):
                 self.refuse(name, "must be at least 1")
         if 0 < self.metric_clips < 8:
             self.refuse("metric_clips", "a Fréchet distance needs at least 8 clips")
+        if self.metric is not None and not self.metric_clips:
+            self.refuse("metric", "needs clips to score: set metric_clips")
