@@ -25,6 +25,7 @@ from pyarrow import csv
 from core.errors import UserError, did_you_mean
 from core.hashing import hash_text, mix64_array
 from data.cache import cached
+from data.samples import sorted_places
 
 VERSION = 1  # of the index: raise it when its files change
 BLOCK = 4 << 20  # bytes of a csv file that are read at a time; a row cannot be longer
@@ -107,11 +108,13 @@ class Index:
         return f"{self.row(place)[0]}#{copy}" if copy else self.row(place)[0]
 
     def below(self, share: float) -> int:
-        """How many rows belong to the `share` of videos with the lowest hashes: a video never leaves it when others
-        join."""
+        """How many rows belong to the `share` of videos with the lowest hashes, one video at least: a video never
+        leaves it when others join."""
         if share >= 1.0:
             return len(self)
-        return int(np.searchsorted(self.maps.hashes, np.uint64(int(share * 2.0**64)), side="left"))
+        hashes = self.maps.hashes
+        border = max(int(share * 2.0**64), int(hashes[0]) + 1)
+        return int(np.searchsorted(hashes, np.uint64(border), side="left"))
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_maps": None}
@@ -165,16 +168,24 @@ class Names(Sequence[str]):
 # ---- making an index ------------------------------------------------------------------------------------------------
 
 
-def index_of(source: Source) -> Index:
-    """The index of an annotation file, made on first use: a file that has changed is another one.
+def index_of(*sources: Source) -> Index:
+    """The index of annotation files, made on first use: a file that has changed is another one.
 
-    Raises UserError when the file cannot be read or lacks a column.
+    Raises UserError when a file cannot be read or lacks a column.
     """
-    stat = source.file.stat()
-    with source.file.open("rb") as file:
-        head = blake2b(file.read(1 << 20), digest_size=16).hexdigest()
-    key = {"source": source, "size": stat.st_size, "mtime": stat.st_mtime_ns, "head": head}
-    return _made(key, lambda writer: _read(source, writer))
+
+    def fill(writer: Writer) -> None:
+        for source in sources:
+            _read(source, writer)
+
+    return _made({f"{number}": (source, *_state(source.file)) for number, source in enumerate(sources)}, fill)
+
+
+def _state(file: Path) -> tuple[int, int, str]:
+    """Size, time and a hash of the beginning."""
+    stat = file.stat()
+    with file.open("rb") as stream:
+        return stat.st_size, stat.st_mtime_ns, blake2b(stream.read(1 << 20), digest_size=16).hexdigest()
 
 
 def index_of_rows(rows: Sequence[tuple[str, str]], dropped: Dropped) -> Index:
@@ -196,7 +207,12 @@ def _made(key: dict[str, Any], fill: Fill) -> Index:
             fill(writer)
         writer.finish()
 
-    return Index(cached("index", VERSION, key, write))
+    try:
+        return Index(cached("index", VERSION, key, write))
+    except OSError as error:
+        raise UserError(
+            f"cannot write an index of the annotations to the cache ({error}): name another with REGISTRY_CACHE."
+        ) from None
 
 
 class Writer:
@@ -234,7 +250,7 @@ class Writer:
         """The hashes in order, the rows in the order of their hashes, and what the table is."""
         kind = np.uint32 if self.rows < 1 << 32 else np.uint64
         unsorted = np.memmap(self.folder / "hashes", np.uint64, "r") if self.rows else np.empty(0, np.uint64)
-        order = np.argsort(unsorted, kind="stable").astype(kind)
+        order = sorted_places(unsorted).astype(kind)
         np.save(self.folder / "rows.npy", order)
         ordered = np.lib.format.open_memmap(self.folder / "hashes.npy", "w+", np.uint64, (self.rows,))
         for start in range(0, self.rows, 1 << 20):
@@ -289,7 +305,9 @@ def _csv_blocks(source: Source, dropped: Dropped) -> Iterator[tuple[pa.Array, pa
             captions, *parts = _texts(batch, dropped)
             yield _joined(source, parts), captions
     except pa.ArrowInvalid as error:
-        raise UserError(f"{source.file} is not a csv file that can be read: {_one_line(error)}") from None
+        raise UserError(
+            f"{source.file} is not a csv file that can be read: {_one_line(error)}. Is a quotation mark not closed?"
+        ) from None
 
 
 def _joined(source: Source, columns: list[pa.Array]) -> pa.Array:
@@ -346,7 +364,7 @@ def _json_rows(source: Source, dropped: Dropped) -> Iterator[list[str]]:
             if not checked:
                 _check_columns(source, list(found))
                 checked = True
-            row = [found.get(column) for column in columns]
+            row = [str(value) if type(value := found.get(column)) is int else value for column in columns]
             if all(map(_is_text, row)):
                 yield row  # type: ignore[misc]
             else:

@@ -59,11 +59,6 @@ class CaptionedClips(Samples):
         """Straight from the index: nothing is hashed, and nothing kept."""
         return self.names.hashes()
 
-    def order(self, seed: int, epoch: int) -> np.ndarray:
-        """The base's order in 32 bits: with ten million rows, 40 MB an epoch."""
-        kind = np.int32 if len(self) < 1 << 31 else np.int64
-        return super().order(seed, epoch).astype(kind)
-
     def read(self, index: int, rng: np.random.Generator) -> Sample:
         """A start that `rng` draws, then the crop's place."""
         name, caption = self.found.table.row(self.names.first + index)
@@ -157,35 +152,37 @@ def _root_of(slot: CaptionedVideos) -> Path:
 
 def _find(slot: CaptionedVideos, root: Path) -> Found:
     """The table that was named, else the root's own, else the root's videos."""
-    table, split = _table(slot, root)
-    if table is None:
+    tables, split = _tables(slot, root)
+    if not tables:
         return _folder(slot, root)
-    layout = recognise(table) if slot.layout == "auto" else slot.layout
+    layout = recognise(tables[0]) if slot.layout == "auto" else slot.layout
     path = slot.path or COLUMNS[layout][0]
-    index = index_of(Source(table, layout, path, slot.caption, root))
+    index = index_of(*(Source(table, layout, path, slot.caption, root) for table in tables))
     if not len(index):
-        raise UserError(_explain_empty(table, layout, path, slot.caption, index.about["dropped"]))
-    return Found(index, layout, f"{layout} ({table.name}: {slot.caption}, {path})", split)
+        raise UserError(_explain_empty(tables[0], layout, path, slot.caption, index.about["dropped"]))
+    names = ", ".join(table.name for table in tables)
+    return Found(index, layout, f"{layout} ({names}: {slot.caption}, {path})", split)
 
 
-def _table(slot: CaptionedVideos, root: Path) -> tuple[Path | None, bool]:
-    """The annotation file, and whether it is that of the split alone. None: the root is a plain folder."""
+def _tables(slot: CaptionedVideos, root: Path) -> tuple[list[Path], bool]:
+    """The annotation files, and whether they are those of the split alone. None: the root is a plain folder."""
     if slot.layout == "folder":
-        return None, False
+        return [], False
     if slot.annotations is not None:
-        return _named_table(slot.annotations, slot.split, root)
-    for name in (f"{slot.split}{ending}" for ending in TABLES):
-        if (root / name).is_file():
-            return root / name, True
+        table, split = _named_table(slot.annotations, slot.split, root)
+        return [table], split
     tables = sorted(path for path in root.iterdir() if path.suffix in TABLES and path.is_file())
-    if len(tables) > 1:
+    own = [path for path in tables if path.stem == slot.split]
+    if len(own) == 1:
+        return own, True
+    if len(tables) > 1 and slot.split != "all":
         names = ", ".join(path.name for path in tables[:5])
         raise UserError(
-            f"{root} has several tables ({names}), and none is called {slot.split}: name one as annotations."
+            f"{root} has several tables ({names}), and not one called {slot.split}: name it as annotations."
         )
     if slot.layout != "auto" and not tables:
         raise UserError(f"no {slot.layout} table in {root}; name it as annotations.")
-    return (tables[0] if tables else None), False
+    return tables, False
 
 
 def _named_table(named: Path, split: str, root: Path) -> tuple[Path, bool]:
@@ -238,7 +235,7 @@ def _part(slot: CaptionedVideos, found: Found) -> tuple[int, int]:
     total = len(found.table)
     if found.split or slot.split == "all":
         return 0, total
-    border = max(found.table.below(slot.held_out_share), 1) if slot.held_out_share else 0
+    border = found.table.below(slot.held_out_share) if slot.held_out_share else 0
     first, last = (0, border) if slot.split == slot.held_out_split else (border, total)
     if first >= last:
         raise UserError(

@@ -63,7 +63,7 @@ class CaptionedVideos(Data):
     """Captioned video files in the manner of WebVid: a table of captions and paths, or a folder of videos."""
 
     root: Path | None = None
-    """Folder of the videos. None: small synthetic clips of coloured clouds, made on first use."""
+    """Folder of the videos. None: small synthetic clouds with captions, made on first use."""
     annotations: Path | None = None
     """Table of captions and paths; {split} in its name stands for the split. None: <split>.csv or <split>.jsonl in the
     root, else the only table there, else the root's videos with their sidecars (clip.mp4, clip.txt)."""

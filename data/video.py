@@ -56,7 +56,6 @@ class Packets(NamedTuple):
     width: int
     pixel_aspect: Fraction
     exact_seek: bool
-    damaged: bool
 
     def times(self) -> np.ndarray:
         """(frames,) float64 seconds from the first frame on."""
@@ -102,7 +101,7 @@ def _packets(container: Any) -> Packets:
     stream = container.streams.best("video")
     if stream is None:
         raise Unreadable("has no video stream")
-    rows = [(p.pts, p.is_keyframe, p.is_discard, p.is_corrupt) for p in container.demux(stream) if p.size]
+    rows = [(p.pts, p.is_keyframe, p.is_discard) for p in container.demux(stream) if p.size]
     if len(rows) < stream.frames:
         raise Unreadable(f"is cut short: {len(rows)} of its {stream.frames} frames are there")
     first = next((place for place, row in enumerate(rows) if row[1]), None)
@@ -131,14 +130,13 @@ def _packets(container: Any) -> Packets:
         and _closed(rows)
         and not DECORD_FORMATS.isdisjoint(container.format.name.split(","))
         and kind.name in DECORD_CODECS,
-        damaged=any(row[3] for row in rows),
     )
 
 
-def _closed(rows: list[tuple[int, bool, bool, bool]]) -> bool:
+def _closed(rows: list[tuple[int, bool, bool]]) -> bool:
     """Whether every group of pictures is closed: nothing that is decoded after a key frame is shown before it."""
     latest_key = rows[0][0]
-    for stamp, key, *_ in rows:
+    for stamp, key, _ in rows:
         latest_key = max(latest_key, stamp) if key else latest_key
         if stamp < latest_key:
             return False
@@ -170,7 +168,7 @@ def choose(times: np.ndarray, count: int, stride: int, fps: float | None, rng: n
 
 def _draw(starts: int, has: float, needs: float, rng: np.random.Generator) -> int:
     if starts < 1:
-        unit = "frames" if isinstance(has, int) else "seconds"
+        unit = "frames" if isinstance(has, int) else "s"
         raise Unreadable(f"is too short: it has {has:.4g} {unit}, and a clip covers {needs:.4g}")
     return int(rng.integers(0, starts))
 
