@@ -248,14 +248,14 @@ class Writer:
 
     def finish(self) -> None:
         """The hashes in order, the rows in the order of their hashes, and what the table is."""
-        kind = np.uint32 if self.rows < 1 << 32 else np.uint64
         unsorted = np.memmap(self.folder / "hashes", np.uint64, "r") if self.rows else np.empty(0, np.uint64)
-        order = sorted_places(unsorted).astype(kind)
+        order = sorted_places(unsorted)
         np.save(self.folder / "rows.npy", order)
-        ordered = np.lib.format.open_memmap(self.folder / "hashes.npy", "w+", np.uint64, (self.rows,))
-        for start in range(0, self.rows, 1 << 20):
-            ordered[start : start + (1 << 20)] = unsorted[order[start : start + (1 << 20)]]
-        ordered.flush()
+        header = {"descr": "<u8", "fortran_order": False, "shape": (self.rows,)}
+        with (self.folder / "hashes.npy").open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for start in range(0, self.rows, 1 << 20):
+                file.write(unsorted[order[start : start + (1 << 20)]].astype("<u8").tobytes())
         np.save(self.folder / "starts.npy", np.array(self.starts, np.int64))
         (self.folder / "hashes").unlink()
         about = {"rows": self.rows, "digest": f"{self.digest % (1 << 64):016x}", "dropped": dict(self.dropped)}
