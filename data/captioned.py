@@ -16,8 +16,9 @@ import torch
 from core.errors import UserError, did_you_mean
 from core.hashing import hash_of
 from data import video
-from data.annotations import COLUMNS, Dropped, Index, Names, Source, index_of, index_of_rows, recognise, resolved
+from data.annotations import COLUMNS, Source, index_of, recognise, resolved
 from data.frames import LINKS_OUT, VIDEOS, entries, listing, to_unit_range
+from data.index import Dropped, Index, Names, index_of_rows
 from data.samples import BadSample, Sample, Samples
 
 if TYPE_CHECKING:

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from core.errors import UserError
 from core.hashing import hash_of, hash_text
 from data import annotations, samples
-from data.annotations import COLUMNS, Index, Names, Source, index_of, recognise
+from data.annotations import COLUMNS, Source, index_of, recognise
+from data.index import Index, Names, Writer
 from tests.data.videos import resident
 
 ROOT = Path("/videos")
@@ -210,7 +211,7 @@ def many(count: int) -> Source:
 def test_an_index_is_made_once_and_again_when_the_file_changes(cache: Path, monkeypatch: pytest.MonkeyPatch):
     table = many(10)
     first = index_of(table)
-    monkeypatch.setattr(annotations.Writer, "add", None)  # to write once more would fail
+    monkeypatch.setattr(Writer, "add", None)  # to write once more would fail
     assert index_of(table).folder == first.folder
     monkeypatch.undo()
     with table.file.open("a") as file:
@@ -225,7 +226,7 @@ def test_an_index_is_made_once_and_again_when_the_file_changes(cache: Path, monk
 
 
 def test_rows_are_sorted_by_the_hash_of_their_path_over_all_batches(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(annotations, "ROWS", 64)
+    monkeypatch.setattr("data.index.ROWS", 64)
     monkeypatch.setattr(annotations, "BLOCK", 4096)
     index = index_of(many(1000))
     assert len(index.maps.starts) > 15

@@ -253,6 +253,20 @@ def test_black_and_white_are_minus_one_and_one(root: Path):
     assert values.min() == -1.0 and values.max() == 1.0 and values.is_contiguous()
 
 
+@pytest.mark.parametrize(("decoder", "opened"), [("decord", 3), ("pyav", 0)])
+def test_the_slot_chooses_the_decoder(root: Path, monkeypatch: pytest.MonkeyPatch, decoder: str, opened: int):
+    decord, paths = pytest.importorskip("decord"), []
+
+    class Reader(decord.VideoReader):
+        def __init__(self, path: str, **settings: Any):
+            paths.append(path)
+            super().__init__(path, **settings)
+
+    monkeypatch.setattr(decord, "VideoReader", Reader)
+    assert len(list(read(clips(root, decoder=decoder)))) == 3
+    assert len(paths) == opened
+
+
 # ---- the same sample, always ----
 
 
