@@ -21,7 +21,7 @@ from core.outputs import checkpoint_of, default_run_name, find_run, output_dir, 
 from core.precision import DTYPES, Scaler
 from core.preflight import frozen_parts
 from core.recipe_file import dump, load
-from core.slots import Launch, Optim, Recipe
+from core.slots import Autoencoder, Launch, Optim, Recipe
 from core.systems import System
 from core.weights.load import load_component
 
@@ -144,6 +144,9 @@ def load_frozen(recipe: Recipe, system: System) -> None:
         if slot.weights is None:
             raise UserError(f"{path}.weights is not set: this part is frozen and needs trained weights")
         module = system.frozen[slot.component]
+        if not isinstance(slot, Autoencoder):  # it knows what it needs besides tensors
+            module.load(slot.weights)  # type: ignore[operator]
+            continue
         config = load_component(module, slot.weights, slot.component)
         if slot.scale_factor is None:
             constants = module.constants_of(config)  # type: ignore[operator]

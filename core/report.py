@@ -19,7 +19,7 @@ from core.progress import Progress
 from core.slots import Launch, Recipe
 from core.systems import System
 from core.tracking import Tracker, open_run
-from core.validate import evaluate, frechet, generate, reconstructions
+from core.validate import evaluate, frechet, generate, prompts_of, reconstructions
 
 
 class Report:
@@ -95,12 +95,15 @@ class Report:
         count = max(slot.num_samples, slot.metric_clips if final else 0)
         system.mode(training=False)
         with self._averaged(built):
-            made = generate(system, self.recipe, slot.sampler, count, self.here) if count else None
+            prompts = prompts_of(self.recipe, built.held_out, count, self.here)
+            made = generate(system, self.recipe, slot.sampler, count, self.here, prompts=prompts) if count else None
             rebuilt = reconstructions(system, built.held_out, self.recipe, self.here)
         system.mode(training=True)
         for name, clips in (("samples", made), ("reconstructions", rebuilt)):
             if clips is not None and self.here.first:
                 self._show(name, clips if name == "reconstructions" else clips[: slot.num_samples])
+        if made is not None and any(prompts) and self.here.first:
+            self._say(prompts[: slot.num_samples])
         if made is None or not final or not slot.metric_clips:
             return {}
         values = self.here.agree(frechet(made, built.dataset, built.held_out, self.recipe) if self.here.first else None)
@@ -120,6 +123,13 @@ class Report:
         if self.tracker is not None:
             self.tracker.picture(page, name, self.now)
             self.tracker.artifact(folder / f"{name}.mp4", f"samples/step-{self.now:08d}")
+
+    def _say(self, prompts: Sequence[str]) -> None:
+        """The prompts beside their samples, one a line."""
+        path = self.folder / "samples" / f"step-{self.now:08d}" / "samples.txt"
+        path.write_text("".join(f"{' '.join(prompt.split())}\n" for prompt in prompts), encoding="utf-8")
+        if self.tracker is not None:
+            self.tracker.artifact(path, f"samples/{path.parent.name}")
 
     def export(self, system: System, built: Built) -> Path:
         """The trained networks as diffusers folders, averaged where there is an average; a collective."""

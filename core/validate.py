@@ -60,10 +60,16 @@ def evaluate(system: System, dataset: Any, recipe: Recipe, ranks: Ranks) -> dict
 
 @torch.no_grad()
 def generate(
-    system: System, recipe: Recipe, sampler: Sampler, count: int, ranks: Ranks, seed: int = SEED
+    system: System,
+    recipe: Recipe,
+    sampler: Sampler,
+    count: int,
+    ranks: Ranks,
+    seed: int = SEED,
+    prompts: Sequence[str] = ("",),
 ) -> Tensor | None:
-    """`count` clips (count, 3, T, H, W) on the CPU, the same whatever the ranks; None where the system generates
-    nothing.
+    """`count` clips (count, 3, T, H, W) on the CPU, of `prompts` in turn, the same whatever the ranks; None where the
+    system generates nothing.
     """
     keys = [Key(seed, 0, i, i) for i in range(count)]
     clips: list[Tensor] = []
@@ -72,11 +78,29 @@ def generate(
             f"sample {seed}", [key.item for key in part], [max(k.place, 0) for k in part], count, ranks.device
         )
         with autocast(recipe.loop.precision, ranks.device):
-            made = system.sample([""] * len(part), recipe.data.clip_shape(), sampler, draw)
+            texts = [prompts[key.item % len(prompts)] for key in part]
+            made = system.sample(texts, recipe.data.clip_shape(), sampler, draw)
         if made is None:
             return None
         clips += [rank_clips.cpu() for rank_clips in ranks.gather(made)]
     return torch.cat(clips)[:count]
+
+
+def prompts_of(recipe: Recipe, dataset: Any, count: int, ranks: Ranks) -> list[str]:
+    """Texts for `count` clips, the same on every rank: the recipe's prompts in turn, or the captions of the first
+    held-out clips; empty where the system is told no text.
+    """
+    texts = list(recipe.validation.prompts)
+    if not texts and recipe.told and count:
+        texts = list(ranks.agree(captions(dataset, count) if ranks.first else []))
+    texts = texts or [""]
+    return [texts[i % len(texts)] for i in range(count)]
+
+
+def captions(dataset: Any, count: int) -> list[str]:
+    """Captions of the first `count` samples of a dataset's fixed order."""
+    parts = [[key] for key in fixed_keys(dataset, count)]
+    return [text for batch in batches(dataset, parts, workers=0, pin=False) for text in batch["caption"]]
 
 
 def real_clips(dataset: Any, count: int, workers: int = 0) -> Tensor:

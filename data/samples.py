@@ -19,6 +19,7 @@ Sample = dict[str, Any]
 Key = tuple[int, int, int, int]  # seed, epoch, index in the dataset, place in the global batch
 
 REPLACEMENTS = 8
+CHUNK = 1 << 20
 
 
 class BadSample(Exception):
@@ -35,12 +36,13 @@ class BadSample(Exception):
 class Samples(Dataset[Sample]):
     """Base of the map-style datasets. A subclass fills the constructor and implements `read`.
 
-    `ids`: unique names, which do not depend on where the root folder is. `dropped`: reason -> how many were left out
-    while scanning. `fingerprint`: hash of what the data are, independent of the root's path and of the scan's order.
+    `ids`: unique names, which do not depend on where the root folder is; a list, or a view of a table that is too long
+    for one. `dropped`: reason -> how many were left out while scanning. `fingerprint`: hash of what the data are,
+    independent of the root's path and of the scan's order.
     Workers receive a pickled copy: keep paths and numbers in it, and open files in `read`.
     """
 
-    def __init__(self, ids: list[str], *, fingerprint: str, dropped: dict[str, int] | None = None):
+    def __init__(self, ids: Sequence[str], *, fingerprint: str, dropped: dict[str, int] | None = None):
         self.ids = ids
         self.fingerprint = fingerprint
         self.dropped = dropped or {}
@@ -90,9 +92,17 @@ class Samples(Dataset[Sample]):
 
         Two datasets that share samples visit them in the same relative order.
         """
+        salt, hashes = np.uint64(hash_of(seed, epoch)), self.id_hashes()
+        keys = np.empty(len(hashes), np.uint64)
+        for start in range(0, len(hashes), CHUNK):  # in parts: a table of millions is not to be copied several times
+            keys[start : start + CHUNK] = mix64_array(hashes[start : start + CHUNK] ^ salt)
+        return np.argsort(keys, kind="stable")
+
+    def id_hashes(self) -> np.ndarray:
+        """`hash_text` of every id, uint64, kept after the first call."""
         if self._id_hashes is None:
             self._id_hashes = np.fromiter(map(hash_text, self.ids), np.uint64, len(self.ids))
-        return np.argsort(mix64_array(self._id_hashes ^ np.uint64(hash_of(seed, epoch))), kind="stable")
+        return self._id_hashes
 
     def __getstate__(self) -> dict[str, Any]:
         """Workers never sort: the hashes stay behind."""

@@ -2,7 +2,7 @@
 
 from core.slots.autoencoder import Autoencoder, FrameVAE, VideoVAE
 from core.slots.checkpoint import Checkpoint
-from core.slots.condition import Condition
+from core.slots.condition import CLIPText, Condition
 from core.slots.data import Data
 from core.slots.denoiser import Denoiser, LVDMShortUNet, LVDMTextUNet
 from core.slots.launch import Launch
@@ -23,6 +23,7 @@ __all__ = [
     "AdamW",
     "Autoencoder",
     "Autoencoding",
+    "CLIPText",
     "Checkpoint",
     "Condition",
     "Data",

@@ -16,8 +16,15 @@ class Sampler(Slot):
 
     num_inference_steps: int = 50
     """Denoising steps."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance (arXiv 2207.12598): 1 is the conditional model, 0 the unconditional one, more is beyond.
+    """
+    negative_prompt: str = ""
+    """What guidance leads away from. Empty: the unconditional model."""
 
     def check(self) -> None:
+        if self.guidance_scale < 0:
+            self.refuse("guidance_scale", "must not be negative")
         if self.num_inference_steps < 1:
             self.refuse("num_inference_steps", "must be at least 1")
 
@@ -74,6 +81,8 @@ class Validation(Slot):
     """Clips that are generated for the Fréchet distance at the end of the run. 0: it is not computed."""
     sampler: Sampler = DDIM()
     """How samples are made."""
+    prompts: tuple[str, ...] = ()
+    """Texts of the samples, in turn. None given: the captions of the first held-out clips."""
     fps: int = 8
     """Frames a second of the clips that are written."""
 

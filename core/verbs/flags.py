@@ -33,6 +33,8 @@ class Length(Slot):
 class SampleFlags(VerbFlags):
     """Flags of `sample`."""
 
+    prompt: tuple[str, ...] = ()
+    """Texts of the clips, in turn. None given: the prompts of the recipe's validation, else the empty text."""
     num: int = 4
     """Clips to make."""
     seed: int = 0

@@ -30,10 +30,13 @@ HEAD = ("network", "weights", "tensors", "parameters", "dtype", "what it is", "f
 
 
 def networks_of(recipe: Recipe) -> dict[str, nn.Module]:
-    """The networks of a recipe by component, on the meta device: names and shapes without memory."""
+    """The networks of a recipe by component, on the meta device: names and shapes without memory. Those of libraries
+    that keep a tokenizer too (text encoders) are not among them.
+    """
     with torch.device("meta"):
         system = recipe.system.build()
-    return dict(system.trained.items()) | dict(system.frozen.items())
+    both = (*system.trained.items(), *system.frozen.items())
+    return {name: module for name, module in both if hasattr(module, "save_config")}
 
 
 # ---------------------------------------------------------------------------------------------------------------- info

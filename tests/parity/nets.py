@@ -8,7 +8,8 @@ from core.models.lvdm_text_unet import LVDMTextUNet
 from core.models.lvdm_unet import LVDMUNet
 from core.models.video_vae import VideoAutoencoder
 from core.weights.lvdm import load_strict, original_state
-from tests.parity.recorded import Case
+from core.weights.paddle import paddle_state
+from tests.parity.recorded import GOLDEN, Case
 
 
 def short_unet(case: Case) -> LVDMUNet:
@@ -17,6 +18,13 @@ def short_unet(case: Case) -> LVDMUNet:
 
 def text_unet(case: Case) -> LVDMTextUNet:
     return _unet(LVDMTextUNet, case)
+
+
+def paddle_text_unet(case: Case, name: str) -> LVDMTextUNet:
+    """From the file that Paddle wrote."""
+    unet = empty_unet(LVDMTextUNet, case)
+    load_strict(unet, paddle_state(GOLDEN / name / "model_state.pdparams", unet))
+    return unet
 
 
 def _unet(kind, case: Case):

@@ -6,7 +6,8 @@ from torch.testing import assert_close
 
 import core.models.lvdm_text_unet as module
 from core.attention import set_attention
-from tests.parity.nets import text_unet
+from core.weights.paddle import matrices
+from tests.parity.nets import paddle_text_unet, text_unet
 from tests.parity.recorded import FAINT, GRADIENT, OUTPUT, recorded
 
 
@@ -68,3 +69,26 @@ def test_with_the_two_temporal_norms_swapped_the_numbers_are_others(case):
         if isinstance(part, module.SpaceTimeBlock):
             part.norm4, part.norm5 = part.norm5, part.norm4
     assert (_run(unet, case) - case.outputs["main.y"]).abs().max() > 0.2
+
+
+# ------------------------------------------------------------------------------------------------------------ Paddle
+
+PORT = "lvdm-unet-text2video-paddle"
+
+
+@pytest.fixture(scope="module")
+def port():
+    return recorded(PORT)
+
+
+def test_paddle_s_port_keeps_exactly_the_matrices_of_linear_layers_transposed(port):
+    unet = paddle_text_unet(port, PORT)
+    assert matrices(unet) == set(port.config["linear_weights_in_out"])
+
+
+@pytest.mark.parametrize("variant", ["main", "long"])
+def test_from_the_file_that_paddle_wrote_come_the_numbers_of_its_port(port, variant):
+    y = port.outputs[f"{variant}.y"]
+    found = _run(paddle_text_unet(port, PORT), port, variant)
+    assert_close(found, y, **OUTPUT)
+    assert (found - y).norm() < 1e-4 * y.norm()
