@@ -113,21 +113,20 @@ def _run_folder(run_id: str) -> Path:
 
 
 def _component(path: Path, component: str, averaged: bool | None) -> Path:
-    """Within a run's output directory or a pipeline folder: the network's own folder."""
+    """Within a run's output directory or a pipeline folder: the network's own folder.
+
+    The export of a run is averaged where the run has an average; raw weights, and those of a run that has no export
+    yet, are in its newest checkpoint.
+    """
+    export = path / "export" / component
+    if export.is_dir() and averaged is None:
+        return export
     if (path / "recipe.json").is_file() and (path / "checkpoints").is_dir():
-        return _of_run(path, component, averaged)
+        from core.outputs import checkpoint_of
+
+        return checkpoint_of(path)
     names = [f"{component}_ema", component] if averaged else [component]
     return next((path / name for name in names if (path / name).is_dir()), path)
-
-
-def _of_run(run: Path, component: str, averaged: bool | None) -> Path:
-    """The export of a run, which is averaged where the run has an average; its newest checkpoint for raw weights, or
-    before there is an export.
-    """
-    from core.outputs import checkpoint_of
-
-    export = run / "export" / component
-    return export if export.is_dir() and averaged is None else checkpoint_of(run)
 
 
 def _from_hub(spec: str) -> Path:
