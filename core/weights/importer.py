@@ -82,34 +82,47 @@ def import_weights(
 
     Raises UserError for a network that is not known, and for one that does not fit unless `partial`.
     """
-    plans = [
-        (name, part, stored)
-        for name, stored in stored_in(path).items()
-        for part in _parts_of(name, stored, only)
-        if name.endswith("_ema") == (averaged and name.endswith("_ema"))
-    ]
+    opened = stored_in(path)
+    if averaged:  # a folder unet_ema stands for unet
+        chosen = {name: stored for name, stored in opened.items() if f"{name}_ema" not in opened}
+    else:
+        chosen = {name: stored for name, stored in opened.items() if not name.endswith("_ema")}
+    plans = [(name, part, stored) for name, stored in chosen.items() for part in _parts_of(name, stored, only)]
     if not plans:
         raise UserError(
             f"{path}: no {only or 'network'} in it that can be imported; `weights info` lists what there is"
         )
-    return [_import_one(stored, part, to, averaged, partial, modules or {}) for _, part, stored in plans]
+    kinds = [averaged and _has_average(name, stored, part) for name, part, stored in plans]
+    if averaged and not any(kinds):
+        raise UserError(
+            f"{path}: no moving average in it of {' or '.join(part for _, part, _ in plans)}; leave out --ema"
+        )
+    return [
+        _import_one(stored, part, to, kind, partial, modules or {})
+        for (_, part, stored), kind in zip(plans, kinds, strict=True)
+    ]
+
+
+def _has_average(name: str, stored: Stored, part: str) -> bool:
+    return any(p in (part, "") and kind and state for p, kind, state, _ in groups(name, stored))
 
 
 def _parts_of(name: str, stored: Stored, only: str | None) -> list[str]:
-    """Components to import from what was opened."""
-    found = []
-    for part, averaged, _state, network in groups(name, stored):
-        known = only == part if only and part else network is not None and network.kind is not None
-        if known and not averaged and part not in found:
-            found.append(part)
-    return found or ([only] if only and not name else [])
+    """Components to import from what was opened: all that are known, or `only` one, which names may leave open."""
+    found: dict[str, None] = {}
+    for part, _averaged, _state, network in groups(name, stored):
+        if only and part in (only, ""):
+            found[only] = None
+        elif not only and network is not None and network.kind is not None:
+            found[part] = None
+    return list(found)
 
 
 def _import_one(
     stored: Stored, part: str, to: Path, averaged: bool, partial: bool, modules: Mapping[str, nn.Module]
 ) -> Imported:
     contents = sort_out(stored.tensors)
-    found = component(contents, part, averaged)
+    found = component(contents, part, averaged and bool(contents.averaged))
     network = recognised(found)
     renamed = network.rename(found) if network else found
     module = modules.get(part) or _built(stored, part, renamed, network)

@@ -169,5 +169,7 @@ def _start(record: zipfile.ZipInfo, file: mmap.mmap) -> int:
 
 def _read(file: mmap.mmap, start: int, stop: int, dtype: torch.dtype, shape: Any, stride: Any) -> Tensor:
     """One tensor, in memory of its own."""
-    values = np.frombuffer(file, np.uint8, stop - start, start).copy()
-    return torch.from_numpy(values).view(dtype).as_strided(shape, stride)
+    flat = torch.empty((stop - start) // dtype.itemsize, dtype=dtype)
+    if len(flat):
+        flat.view(torch.uint8).numpy()[:] = np.frombuffer(file, np.uint8, stop - start, start)
+    return flat.as_strided(shape, stride)
