@@ -71,11 +71,14 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor | Lazy]) -> None:
     another shape. On the meta device the tensors take the place of the module's own.
     """
     refuse_misfit(module, state)
-    own = module.state_dict()
-    for name, entry in state.items():
+    absent: dict[str, Tensor] = {}
+    for name, own in module.state_dict().items():
+        entry = state[name]
         tensor = entry.read() if isinstance(entry, Lazy) else entry
-        if own[name].is_meta:
-            module.load_state_dict({name: tensor.to(own[name].dtype)}, strict=False, assign=True)
+        if own.is_meta:
+            absent[name] = tensor.to(own.dtype)
         else:
             with torch.no_grad():
-                own[name].copy_(tensor)
+                own.copy_(tensor)
+    if absent:
+        module.load_state_dict(absent, strict=False, assign=True)

@@ -167,7 +167,7 @@ BOMBS = {
     ),
     "millions of sets": b"\x80\x04(" + b"\x8f" * 3_000_000 + b"l.",
     "a list copied a million times": _raw(
-        b"](" + b"N" * 100_000 + b"eq\x00", b"c__builtin__\ntuple\nq\x01", b"h\x01h\x00\x85R0" * 300_000
+        b"](" + b"N" * 100_000 + b"eq\x00", b"c__builtin__\ntuple\nq\x01", b"h\x01h\x00\x85R" * 300_000
     ),
     "ordered pairs over and over": _raw(
         b"](" + b"(K\x01K\x02t" * 20_000 + b"eq\x00", b"ccollections\nOrderedDict\nq\x01", b"h\x01h\x00\x85R0" * 5_000

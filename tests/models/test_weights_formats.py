@@ -217,6 +217,9 @@ def test_written_weights_are_what_safetensors_reads_in_every_dtype(tmp_path):
     _equal(_values(safetensors(path)), state)
     save_file({n: t.contiguous() for n, t in state.items()}, tmp_path / "theirs.safetensors")
     _equal(_values(open_stored(tmp_path / "theirs.safetensors").tensors), state)
+    header = json.loads(path.read_bytes()[8:].split(b"}}")[0] + b"}}")
+    sizes = {name: state[name].element_size() for name in state}
+    assert all(header[name]["data_offsets"][0] % size == 0 for name, size in sizes.items()), "not aligned"
     assert path.stat().st_mode & 0o777 == 0o644 and [p.name for p in tmp_path.iterdir() if "partial" in p.name] == []
 
 
