@@ -150,7 +150,15 @@ def _parse(verb: str, what: str = "", *flags: str) -> None:
     from core.build import check_batch
     from core.cli import parse
     from core.slots import Launch
-    from core.verbs.flags import MeasureFlags, SampleFlags, StoreFlags, UiFlags
+    from core.verbs.flags import (
+        ExportFlags,
+        ImportFlags,
+        MeasureFlags,
+        SampleFlags,
+        StoreFlags,
+        UiFlags,
+        VerbFlags,
+    )
     from registry import get
 
     match verb:
@@ -164,6 +172,11 @@ def _parse(verb: str, what: str = "", *flags: str) -> None:
             parse(flags, SampleFlags())
         case "measure-latents":
             parse(flags, get(what), MeasureFlags())
+        case "weights":
+            kinds = {"info": VerbFlags, "import": ImportFlags, "export": ExportFlags}
+            words = [{"--as": "--component", "--for": "--recipe"}.get(word, word) for word in flags[1:]]
+            (given,) = parse([word for word in words if (what, word) != ("info", "--json")], kinds[what]())
+            assert not getattr(given, "recipe", None) or get(given.recipe)
         case "diff":
             parse(flags[1:], StoreFlags())
         case "ui":
@@ -176,7 +189,7 @@ def _known_span(span: str) -> None:
     """A flag, a field by its path, or a file that is named in the text."""
     if re.match(r"--[a-z]", span):
         name = re.split(r"[= ]", span)[0].removeprefix("--").replace("-", "_")
-        assert name in _known_names() or name in ("help", "json", "debug", "version"), "no such flag"
+        assert name in _known_names() or name in ("help", "json", "debug", "version", "as", "for"), "no such flag"
     elif re.fullmatch(rf"({'|'.join(SLOTS)})(\.[a-z_0-9]+)+", span):
         assert span in _known_names(), "no recipe has such a field"
     elif re.fullmatch(r"[\w./-]+", span) and (span.startswith(FOLDERS) or span in ("registry.py", "Makefile")):
@@ -188,10 +201,10 @@ def _known_names() -> set[str]:
     from core.cli import ALIASES
     from core.slots import Launch
     from core.swap import spots
-    from core.verbs.flags import MeasureFlags, SampleFlags, UiFlags
+    from core.verbs.flags import ExportFlags, ImportFlags, MeasureFlags, SampleFlags, UiFlags
     from registry import get, names
 
-    parts = [Launch(), SampleFlags(), MeasureFlags(), UiFlags()]
+    parts = [Launch(), SampleFlags(), MeasureFlags(), UiFlags(), ImportFlags(), ExportFlags()]
     parts += [get(name, "--validation.data=FrameFolders", "--optim.ema=EMA") for name in names()]
     return set(ALIASES).union(*(spots(part) for part in parts))
 

@@ -114,7 +114,7 @@ def bare(name: str) -> str:
     return name.removeprefix(PREFIX)
 
 
-def text_names(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def text_names(state: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
     """The tensors of the text side under the names of `model`, whichever of the known layouts they come in."""
     own = {bare(name): name for name in model.state_dict()}
     kept = {bare(n): t for n, t in state.items() if not n.startswith(OTHER_SIDE) and not n.endswith("position_ids")}

@@ -91,3 +91,33 @@ class UiFlags(StoreFlags):
     def check(self) -> None:
         if not 0 < self.port < 65536:
             self.refuse("port", "must be between 1 and 65535")
+
+
+class ImportFlags(VerbFlags):
+    """Flags of `weights import`."""
+
+    to: Path | None = None
+    """Folder to write; each network gets a folder of its own in it."""
+    component: Literal["unet", "vae", "text_encoder"] | None = None
+    """Also --as. The one network to import. None: all that are recognised."""
+    recipe: str | None = None
+    """Also --for. The recipe whose networks these are. None: told by names and shapes of the tensors."""
+    ema: bool = False
+    """Take the moving average."""
+    raw: bool = False
+    """Take the weights as they are. This is the default."""
+    partial: bool = False
+    """Import what fits; what is missing or misshapen stays fresh."""
+
+    def check(self) -> None:
+        if self.ema and self.raw:
+            self.refuse("ema", "give --ema or --raw, not both")
+
+
+class ExportFlags(StoreFlags):
+    """Flags of `weights export`."""
+
+    to: Path | None = None
+    """Folder to write; it must be new or empty."""
+    raw: bool = False
+    """Write the weights as they are, not their moving average (EMA)."""

@@ -69,6 +69,16 @@ VERBS = {
         "recipe's data.",
         "python -m registry measure-latents lvdm-short-sky-tiny",
     ),
+    "weights": Verb(
+        "info PATH [--json] | import PATH --to DIR [--as unet|vae] [--for RECIPE] [--ema] [--partial]\n"
+        "       | export RUN --to DIR [--raw]",
+        "info, import or export, and a path or a run",
+        "What a checkpoint of others holds (info), the same as diffusers folders that recipes open (import), and the\n"
+        "networks of a run as diffusers folders (export).\n"
+        "PATH is a file (.safetensors, .ckpt, .pt, .bin, .pdparams), a folder, a hub id or run:<id>. Nothing in it is\n"
+        "executed.",
+        "python -m registry weights info shipped:lvdm-video-vae-tiny",
+    ),
     "ui": Verb(
         "[--host H] [--port P] [--store URI]",
         "nothing",
