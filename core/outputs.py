@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from core.checkpoint import newest
 from core.errors import UserError
 from core.preflight import writable
+from core.run_facts import run_facts as run_facts
 from core.slots import Launch, Recipe
 from core.slots.slot import flatten
 
-OURS = ("recipe.json", "run.json", "run.log", "metrics.jsonl", "checkpoints", "samples", "export", "profile.json")
+OURS = (
+    *("recipe.json", "run.json", "run.log", "journal.jsonl", "synced.json", "provenance", "traceback.txt"),
+    *("checkpoints", "samples", "export", "profile.json", "run.json.partial", "synced.json.partial"),
+)
 """What a run writes; `--overwrite` removes these and nothing else."""
 FREE = (
     "loop.max_steps",
@@ -95,9 +97,3 @@ def refuse_other_recipe(ours: Recipe, theirs: Recipe, folder: Path) -> None:
 
 def _free(path: str) -> bool:
     return path in FREE or any(path == slot or path.startswith(f"{slot}.") for slot in FREE_SLOTS)
-
-
-def run_facts(folder: Path) -> dict[str, Any]:
-    """MLflow run id, store and run name of the run in `folder`; empty when it was killed before it had them."""
-    path = folder / "run.json"
-    return json.loads(path.read_text()) if path.is_file() else {}

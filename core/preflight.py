@@ -8,12 +8,14 @@ import os
 from pathlib import Path
 
 from core.errors import Screen, UserError
+from core.provenance import refuse_secrets
 from core.slots import Autoencoder, Data, Recipe, Slot
 from core.slots.slot import field_types
 
 
 def preflight(recipe: Recipe) -> None:
     """Raise a Screen that names every missing field, its published source and the command that goes on."""
+    refuse_secrets(recipe)
     missing = [*_missing_weights(recipe), *_missing_data(recipe)]
     if missing:
         twin = f"{recipe.name}-tiny" if not recipe.name.endswith("-tiny") else recipe.name

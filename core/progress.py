@@ -10,6 +10,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from core.redact import redact
+
 
 class Progress:
     """Lines and a bar on rank 0's terminal, and `run.log`; silent on the other ranks (`log` None)."""
@@ -46,7 +48,7 @@ class Progress:
     def note(self, text: str) -> None:
         """A line for the log alone."""
         if self._file is not None:
-            self._file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}\n")
+            self._file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {redact(text)}\n")
 
     def step(self, step: int) -> None:
         """An update is done."""

@@ -4,55 +4,74 @@ ranks.
 
 from __future__ import annotations
 
+import json
 import traceback
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from core.build import Built
 from core.distributed import Ranks, full
+from core.journal import said
 from core.media import enlarged, sheet, tiled, to_uint8, write_gif, write_mp4
-from core.outputs import run_facts
 from core.progress import Progress
+from core.recipe_file import recipe_hash
+from core.redact import redact
 from core.slots import Launch, Recipe
 from core.systems import System
-from core.tracking import Tracker, open_run
+from core.tracker import Tracker, open_run
 from core.validate import evaluate, frechet, generate, reconstructions
+
+CELLS = 8
+"""Clips that become a series of pictures of their own."""
 
 
 class Report:
     """One object for everything that leaves the loop, so that the loop stays readable."""
 
     def __init__(self, recipe: Recipe, built: Built, here: Ranks, tracker: Tracker | None, run_id: str) -> None:
-        self.recipe, self.here, self.tracker, self.run_id = recipe, here, tracker, run_id
+        self.recipe, self.here, self.tracker, self._run_id = recipe, here, tracker, run_id
         self.folder = built.folder
         self.bar = Progress(None, 0, 0)
         self.now = 0
 
     @classmethod
     def open(cls, recipe: Recipe, launch: Launch, built: Built, here: Ranks, argv: Sequence[str]) -> Report:
-        """Open the MLflow run (rank 0), with all that is known before the first update."""
+        """Open the run (rank 0), with all that is known before the first update."""
         tracker = None
         if here.first:
-            data = {"training": built.dataset.describe(), "validation": built.held_out.describe()}
-            facts = run_facts(built.folder) if built.checkpoint else {}
             tracker = open_run(
                 recipe,
-                store=facts.get("store") or launch.store,
+                store=launch.store,
                 run_name=built.run_name,
                 output_dir=built.folder,
                 argv=argv,
-                data=data,
-                resume=facts.get("run_id"),
+                data={"training": built.dataset.describe(), "validation": built.held_out.describe()},
+                device=_described(here),
             )
-        return cls(recipe, built, here, tracker, here.agree(tracker.run_id if tracker else ""))
+        try:
+            return cls(recipe, built, here, tracker, here.agree(tracker.run_id if tracker else ""))
+        except BaseException:  # another rank is gone
+            if tracker is not None:
+                tracker.close("FAILED")
+            raise
+
+    @property
+    def run_id(self) -> str:
+        """The MLflow id; empty as long as the store has not answered."""
+        return self.tracker.run_id if self.tracker else self._run_id
 
     def begin(self, step: int, total: int) -> None:
         """The first lines: what runs, where, from which step."""
         self.now = step
         self.bar = Progress(self.folder / "run.log" if self.here.first else None, total, step)
+        if self.tracker is not None:
+            self.tracker.say = self.bar.line
         trained = "resumed at" if step else "from"
         self.bar.line(
             f"{self.recipe.name}: {trained} step {step} of {total}, {self.here.world} x {self.here.device.type}, "
@@ -118,8 +137,47 @@ class Report:
         write_mp4(folder / f"{name}.mp4", moving, self.recipe.validation.fps)
         write_gif(folder / f"{name}.gif", moving, self.recipe.validation.fps)
         if self.tracker is not None:
-            self.tracker.picture(page, name, self.now)
+            self._series(name, frames, folder)
             self.tracker.artifact(folder / f"{name}.mp4", f"samples/step-{self.now:08d}")
+
+    def _series(self, name: str, frames: np.ndarray, folder: Path) -> None:
+        """A strip of frames for each clip (of a reconstruction: the original above it), as a series of its own: in
+        MLflow's image grid two runs stand side by side, noise by noise.
+        """
+        assert self.tracker is not None
+        rows = 2 if name == "reconstructions" else 1
+        for cell in range(min(len(frames) // rows, CELLS)):
+            path = folder / "cells" / f"{name}-{cell}.png"
+            path.parent.mkdir(exist_ok=True)
+            sheet(frames[rows * cell : rows * (cell + 1)]).save(path)
+            self.tracker.picture(path, f"{name}/{cell}", self.now)
+
+    def saved(self, path: Path, step: int) -> None:
+        """A checkpoint is complete on the disk: it becomes a LoggedModel with the newest metrics."""
+        if self.tracker is None:
+            return
+        newest = self.tracker.journal.latest
+        self.tracker.append(
+            "checkpoint",
+            path=str(path.relative_to(self.folder)),
+            step=step,
+            name=f"{self.recipe.name}-{path.name}".replace(".", "-"),
+            output_dir=str(self.folder.absolute()),
+            recipe_hash=recipe_hash(self.recipe),
+            files=_manifest(path),
+            metrics=[
+                {"name": k, "value": said(p.value), "step": p.step, "time": p.time, "dataset": self._dataset(k)}
+                for k, p in newest.items()
+                if not k.startswith("system/")
+            ],
+        )
+
+    def _dataset(self, metric: str) -> tuple[str, str]:
+        """Name and digest of the dataset that a metric is of."""
+        assert self.tracker is not None
+        context = "validation" if metric.startswith("val/") else "training"
+        sets = {each["context"]: each for each in self.tracker.journal.last["data"]["sets"]}
+        return sets[context]["name"], sets[context]["digest"]
 
     def export(self, system: System, built: Built) -> Path:
         """The trained networks as diffusers folders, averaged where there is an average; a collective."""
@@ -135,9 +193,32 @@ class Report:
     def close(self, status: str, error: BaseException | None = None) -> None:
         """End the run as FINISHED, FAILED (with the traceback as an artifact) or KILLED."""
         if error is not None and self.here.first:
-            self.bar.note("".join(traceback.format_exception(error)))
+            self._failed(error)
         self.bar.note(f"{status.lower()} at step {self.now}")
         self.bar.close()
         if self.tracker is not None:
             self.tracker.artifact(self.folder / "run.log")
             self.tracker.close(status)
+
+    def _failed(self, error: BaseException) -> None:
+        text = redact("".join(traceback.format_exception(error)))
+        self.bar.note(text)
+        if self.tracker is not None and not isinstance(error, KeyboardInterrupt):
+            path = self.folder / "traceback.txt"
+            path.write_text(text)
+            self.tracker.artifact(path)
+            self.tracker.tags({"error": "".join(traceback.format_exception_only(error)).strip()})
+
+
+def _described(here: Ranks) -> str:
+    """`2 x cpu`, `8 x cuda (NVIDIA H200)`."""
+    name = f" ({torch.cuda.get_device_name(here.device)})" if here.device.type == "cuda" else ""
+    return f"{here.world} x {here.device.type}{name}"
+
+
+def _manifest(checkpoint: Path) -> Any:
+    """Sizes of a checkpoint's files, or the hashes that were written with it."""
+    path = checkpoint / "manifest.json"
+    if path.is_file():
+        return json.loads(path.read_text())
+    return {file.name: {"bytes": file.stat().st_size} for file in sorted(checkpoint.iterdir())}

@@ -113,11 +113,11 @@ def _run(recipe: Recipe, built: Built, here: Ranks, report: Report, stop: Stop) 
             if _due(progress.step, recipe.validation.sample_every):
                 report.sample(system, built)
             if _due(progress.step, recipe.checkpoint.every):
-                save(recipe, built, here, progress, skipped, report.folder)
+                report.saved(save(recipe, built, here, progress, skipped, report.folder), progress.step)
                 saved_at = progress.step
 
     if saved_at != progress.step:
-        save(recipe, built, here, progress, skipped, report.folder)
+        report.saved(save(recipe, built, here, progress, skipped, report.folder), progress.step)
     if asked:
         return Result(report.folder, report.run_id, progress.step, {}, signal=asked)
     metrics = report.validate(system, built) | report.sample(system, built, final=True)
@@ -209,7 +209,7 @@ def _every_parameter_has_a_gradient(built: Built) -> None:
         )
 
 
-def save(recipe: Recipe, built: Built, here: Ranks, progress: Progress, skipped: Skipped, folder: Path) -> None:
+def save(recipe: Recipe, built: Built, here: Ranks, progress: Progress, skipped: Skipped, folder: Path) -> Path:
     """Write everything that goes on into `checkpoints/step-<n>`."""
     numbers = {
         "step": progress.step,
@@ -222,7 +222,7 @@ def save(recipe: Recipe, built: Built, here: Ranks, progress: Progress, skipped:
         "optimizer_steps": checkpoint.optimizer_steps(built.system.trained, built.optimizer),
     }
     state = checkpoint.tensors(built.system.trained, built.optimizer, built.ema)
-    checkpoint.save(folder / "checkpoints", state, numbers, here, recipe.checkpoint.keep)
+    return checkpoint.save(folder / "checkpoints", state, numbers, here, recipe.checkpoint.keep)
 
 
 def restore(recipe: Recipe, built: Built, here: Ranks) -> tuple[Progress, Skipped]:
