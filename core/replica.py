@@ -45,6 +45,11 @@ class Replica:
         self._synced = Synced(folder, self.store)
 
     @property
+    def noted_run(self) -> str:
+        """The run in this store that took the journal before, if one did."""
+        return self._synced.run_id
+
+    @property
     def connected(self) -> bool:
         """Whether the run was found or made."""
         return bool(self.run_id)

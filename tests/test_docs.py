@@ -150,7 +150,7 @@ def _parse(verb: str, what: str = "", *flags: str) -> None:
     from core.build import check_batch
     from core.cli import parse
     from core.slots import Launch
-    from core.verbs.flags import Length, MeasureFlags, SampleFlags, StoreFlags, UiFlags
+    from core.verbs.flags import DoctorFlags, Length, MeasureFlags, SampleFlags, StoreFlags, UiFlags
     from registry import get
 
     match verb:
@@ -166,6 +166,10 @@ def _parse(verb: str, what: str = "", *flags: str) -> None:
             parse(flags, get(what), MeasureFlags())
         case "diff":
             parse(flags[1:], StoreFlags())
+        case "sync":
+            parse(flags, StoreFlags())
+        case "doctor":
+            parse([what, *flags] if what else [], DoctorFlags())
         case "ui":
             parse([what, *flags] if what else [], UiFlags())
         case _:
@@ -188,10 +192,10 @@ def _known_names() -> set[str]:
     from core.cli import ALIASES
     from core.slots import Launch
     from core.swap import spots
-    from core.verbs.flags import Length, MeasureFlags, SampleFlags, UiFlags
+    from core.verbs.flags import DoctorFlags, Length, MeasureFlags, SampleFlags, UiFlags
     from registry import get, names
 
-    parts = [Launch(), Length(), SampleFlags(), MeasureFlags(), UiFlags()]
+    parts = [Launch(), Length(), SampleFlags(), MeasureFlags(), UiFlags(), DoctorFlags()]
     parts += [get(name, "--validation.data=FrameFolders", "--optim.ema=EMA") for name in names()]
     return set(ALIASES).union(*(spots(part) for part in parts))
 
