@@ -11,6 +11,7 @@ import json
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +21,13 @@ from core.logged_models import log_model, remove_stale
 from core.mlflow_limits import METRICS, PARAM_LIMIT, PARAMS, TAG_LIMIT, cut, name, value
 from core.redact import without_password
 from core.run_facts import Synced, run_facts, write_facts
-from core.tracking import client
+from core.tracking import client, first_line
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+Group = list[tuple[Event, int]]
+"""Events of one kind, each with the offset at which it begins."""
 EVENTS = 500
 """Events that are read at a time; the queue is the file."""
 THUMBNAIL = 256
@@ -102,48 +105,74 @@ class Replica:
 
     def left(self) -> int:
         """Lines that this store does not have."""
-        return sum(1 for _ in read(self.journal, self._synced.offset))
+        return len(self._synced.owed) + sum(1 for _ in read(self.journal, self._synced.offset))
 
     def ship(self) -> int:
         """Send what is new, up to EVENTS events. Returns how many went; 0: nothing is left."""
         sent = 0
-        for kind, events, end in self._groups():
-            self._send(kind, events)
+        for kind, group, end in self._groups():
+            self._send(kind, group)
             self._synced.advance(end)
-            sent += len(events)
+            sent += len(group)
         return sent
 
-    def _groups(self) -> Iterator[tuple[str, list[Event], int]]:
+    def settle(self) -> None:
+        """Try once more what the store did not take while it took the rest."""
+        owed = self._synced.owed
+        self._synced.owed = []
+        for start in owed:
+            event, _ = next(read(self.journal, start))
+            self._send(event["event"], [(event, start)])
+        if owed:
+            self._synced.owe(self._synced.owed)
+
+    def _groups(self) -> Iterator[tuple[str, Group, int]]:
         """Neighbours of one kind together, metrics up to MLflow's limit of a request, with the offset behind them."""
-        group: list[Event] = []
-        end = points = 0
-        for count, (event, offset) in enumerate(read(self.journal, self._synced.offset)):
+        group: Group = []
+        start = end = self._synced.offset
+        points = 0
+        for count, (event, offset) in enumerate(read(self.journal, start)):
             points += len(event.get("values", ()))
-            if group and (event["event"] != group[0]["event"] or points > METRICS):
-                yield group[0]["event"], group, end
+            if group and (event["event"] != group[0][0]["event"] or points > METRICS):
+                yield group[0][0]["event"], group, end
                 group, points = [], len(event.get("values", ()))
-            group.append(event)
+            group.append((event, end))
             end = offset
             if count >= EVENTS:
                 break
         if group:
-            yield group[0]["event"], group, end
+            yield group[0][0]["event"], group, end
 
-    def _send(self, kind: str, events: list[Event]) -> None:
-        """All of a group, or one by one when MLflow refuses something in it; what is wrong by itself is left out."""
+    def _send(self, kind: str, group: Group) -> None:
+        """All of a group, or one by one when something in it fails by itself: what MLflow refuses is left out, what
+        fails while the store answers is owed. Raises when the store is down.
+        """
         send: Callable[[list[Event]], None] | None = getattr(self, f"_send_{kind}", None)
         if send is None:  # a run's beginning is known from `connect`; kinds of a newer version are not ours to judge
             return
         try:
-            send(events)
-        except Exception as error:
+            send([event for event, _ in group])
+        except Exception as error:  # noqa: BLE001  what a store raises is judged below
             if not is_refusal(error):
-                raise
-            if len(events) > 1:
-                for event in events:
-                    self._send(kind, [event])
-            else:
-                self.skipped.append(f"{kind}: {str(error).splitlines()[0][:200]}")
+                self._probe(error)
+            if len(group) > 1:
+                for entry in group:
+                    self._send(kind, [entry])
+                return
+            self.skipped.append(f"{kind}: {first_line(error)}")
+            if not is_refusal(error):
+                self._synced.owed.append(group[0][1])
+
+    def _probe(self, error: Exception) -> None:
+        """Raise `error` unless the store takes a sign of life, so that the fault is with what was sent."""
+        try:
+            self.beat()
+        except Exception:  # noqa: BLE001  the first error says more
+            raise error from None
+
+    def beat(self) -> None:
+        """Give a sign of life."""
+        self.set_tags({"heartbeat": datetime.now(UTC).isoformat(timespec="seconds")})
 
     def _send_metrics(self, events: list[Event]) -> None:
         from mlflow.entities import Metric
@@ -221,6 +250,7 @@ class Replica:
         if status == "RUNNING":
             self.mlflow.update_run(self.run_id, status=status)
             return
+        self.settle()
         remove_stale(self.mlflow, self._experiment, self.run_id, self.folder)
         self.mlflow.set_terminated(self.run_id, status, end)
 

@@ -30,19 +30,32 @@ class Synced:
         self._path, self._store = folder / SYNCED, store
         entry = _load(self._path).get(store, {})
         self.run_id, self.offset = str(entry.get("run_id", "")), int(entry.get("offset", 0))
+        self.owed: list[int] = list(entry.get("owed", []))
+        """Where events begin that the store did not take while it took others: files, when only the artifact store is
+        down.
+        """
         journal = folder / "journal.jsonl"
         if journal.is_file() and self.offset > journal.stat().st_size:  # another journal, or one that lost its end
-            self.offset = 0
+            self.offset, self.owed = 0, []
 
     def belong(self, run_id: str) -> None:
         """Say which run it is; one that is not the run of before has nothing yet."""
         if run_id != self.run_id:
-            self.run_id, self.offset = run_id, 0
+            self.run_id, self.offset, self.owed = run_id, 0, []
 
     def advance(self, offset: int) -> None:
         """Everything before `offset` is in the store."""
         self.offset = offset
-        _replace(self._path, _load(self._path) | {self._store: {"run_id": self.run_id, "offset": offset}})
+        self._write()
+
+    def owe(self, starts: list[int]) -> None:
+        """The events that begin at these offsets are to be sent again one day."""
+        self.owed = starts
+        self._write()
+
+    def _write(self) -> None:
+        entry = {"run_id": self.run_id, "offset": self.offset, "owed": self.owed}
+        _replace(self._path, _load(self._path) | {self._store: entry})
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -13,7 +13,6 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -107,14 +106,13 @@ class Tracker:
         self._ending.set()
         self._shipper.join(EXIT_WAIT)
         self._abandoned.set()
-        left = self.replica.left() if self._shipper.is_alive() or self._told or not self.run_id else 0
-        if left:
+        if left := self.replica.left():
             self.say(
                 f"MLflow at {redact(self.replica.uri)} lacks {left:,} lines of this run's journal; when it answers: "
                 f"python -m registry sync {self.folder}"
             )
         if self.replica.skipped:
-            self.say(f"MLflow took all but {len(self.replica.skipped)} items, first {self.replica.skipped[0]}")
+            self.say(f"MLflow did not take {len(self.replica.skipped)} items, first {self.replica.skipped[0]}")
         self._stop()
 
     def _stop(self) -> None:
@@ -184,7 +182,7 @@ class Tracker:
         while self.replica.ship() and not self._abandoned.is_set():
             continue
         if time.monotonic() - beat >= HEARTBEAT and not self._ending.is_set():
-            self.replica.set_tags({"heartbeat": datetime.now(UTC).isoformat(timespec="seconds")})
+            self.replica.beat()
             beat = time.monotonic()
         if self._told:
             self._told = False

@@ -63,9 +63,11 @@ def _tell(folder: Path, store: str | None) -> bool:
     print(f"{folder}: {_what(sent)} in {time.monotonic() - began:.1f} s, MLflow run {replica.run_id}")
     for skipped in replica.skipped:
         print(f"  left out  {skipped}")
-    if (state := last_state(folder)) == "RUNNING":
-        print(f"  its last state is {state}; if its process is gone: python -m registry doctor --fix")
-    return True
+    if left := replica.left():
+        print(f"  not taken yet: {left:,} lines; try again when the store takes them")
+    if last_state(folder) == "RUNNING":
+        print("  its last state is RUNNING; if its process is gone: python -m registry doctor --fix")
+    return not left
 
 
 def _what(sent: int) -> str:
@@ -77,6 +79,7 @@ def send(replica: Replica) -> int:
     sent = 0
     if replica.left() or not replica.noted_run:
         replica.connect()
+        replica.settle()
         while more := replica.ship():
             sent += more
     else:
