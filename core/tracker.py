@@ -166,9 +166,10 @@ class Tracker:
             except UserError as error:
                 self._refuse(error)
             except Exception as error:  # noqa: BLE001  whatever the store does, training goes on
-                if not self._answered.is_set() and not is_outage(self.replica.uri, error):
+                if self._answered.is_set() or is_outage(self.replica.uri, error):
+                    self._complain(first_line(error))
+                else:
                     self._refuse(refused(self.replica.uri, error))
-                self._complain(first_line(error))
                 pause = min(2 * pause, LONGEST_PAUSE)
             if ending:
                 return

@@ -24,6 +24,7 @@ MANNERS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # 7 with growing pauses: one call to a dead server took 247 s
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # two lines of emoji at every end of a run
 }
 """MLflow's settings for our processes; what the user has set in the environment stays."""
 
@@ -114,6 +115,8 @@ def client(uri: str) -> MlflowClient:
 
 def refused(uri: str, error: BaseException) -> UserError:
     """What a store says when waiting does not help."""
+    if _status(error) == 404:
+        return UserError(f"MLflow store {redact(uri)}: no MLflow server is there (it answers 404)")
     hint = ""
     if getattr(error, "error_code", "") in ("UNAUTHENTICATED", "PERMISSION_DENIED") or _status(error) in (401, 403):
         hint = "; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"

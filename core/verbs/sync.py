@@ -57,8 +57,8 @@ def _tell(folder: Path, store: str | None) -> bool:
         print(f"{folder}: {error}")
         return False
     except Exception as error:  # noqa: BLE001  the store can fail in any way, and the next run may have another one
-        left = f"{replica.left():,} lines are left"
-        print(f"{folder}: MLflow at {redact(replica.uri)} does not take it ({first_line(error)}); {left}")
+        rest = f"{replica.left():,} lines are left"
+        print(f"{folder}: MLflow at {redact(replica.uri)} does not take it ({first_line(error)}); {rest}")
         return False
     print(f"{folder}: {_what(sent)} in {time.monotonic() - began:.1f} s, MLflow run {replica.run_id}")
     for skipped in replica.skipped:

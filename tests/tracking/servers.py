@@ -17,6 +17,7 @@ default_permission = READ
 database_uri = sqlite:///{folder}/auth.db
 admin_username = admin
 admin_password = {password}
+auth_cache_ttl_seconds = 60
 authorization_function = mlflow.server.auth:authenticate_request_basic_auth
 """
 
@@ -70,11 +71,11 @@ def deaf() -> Iterator[str]:
 
 
 @contextmanager
-def slow(address: str, seconds: float) -> Iterator[str]:
-    """The server at `address` behind a line that holds back every answer."""
-    host, port = address.removeprefix("http://").split(":")
-    with socket.create_server(("127.0.0.1", 0), backlog=64) as listening:
-        threading.Thread(target=_forward, args=(listening, (host, int(port)), seconds), daemon=True).start()
+def slow(address: str, seconds: float, port: int = 0) -> Iterator[str]:
+    """The server at `address` behind a line that holds back every answer; behind `port`, if one is given."""
+    near, (host, far) = port, address.removeprefix("http://").split(":")
+    with socket.create_server(("127.0.0.1", near), backlog=64) as listening:
+        threading.Thread(target=_forward, args=(listening, (host, int(far)), seconds), daemon=True).start()
         yield f"http://127.0.0.1:{listening.getsockname()[1]}"
 
 
