@@ -39,6 +39,7 @@ class Progress:
         """A line for the person and the log."""
         if not self.active:
             return
+        text = redact(text)
         if self._bar is not None:
             self._bar.console.print(text, highlight=False, markup=False)
         else:
