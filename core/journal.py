@@ -24,6 +24,8 @@ Event = dict[str, Any]
 """`event` (its kind), `time` (milliseconds since 1970), and what belongs to the kind."""
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 """JSON has no such numbers; they stand as these texts."""
+_ENCODER = json.JSONEncoder(allow_nan=False)
+"""Kept: `json.dumps` with an option makes one for every line."""
 
 
 class Point(NamedTuple):
@@ -145,9 +147,9 @@ def in_use(path: Path) -> bool:
 def dump(event: Event) -> str:
     """An event as a line of valid JSON."""
     try:
-        return json.dumps(event, allow_nan=False)
+        return _ENCODER.encode(event)
     except ValueError:
-        return json.dumps(event | {"values": {k: said(v) for k, v in event["values"].items()}}, allow_nan=False)
+        return _ENCODER.encode(event | {"values": {k: said(v) for k, v in event["values"].items()}})
 
 
 def said(value: float) -> float | str:

@@ -19,6 +19,7 @@ from core.errors import UserError
 from core.journal import FILE_NAME, Event, read
 from core.logged_models import log_model, remove_stale
 from core.mlflow_limits import METRICS, PARAM_LIMIT, PARAMS, TAG_LIMIT, cut, name, value
+from core.mlflow_page import TAG, experiment_tags, view
 from core.redact import without_password
 from core.run_facts import Synced, run_facts, write_facts
 from core.tracking import client, first_line
@@ -238,6 +239,7 @@ class Replica:
             if any(Path(folder).iterdir()):
                 self.mlflow.log_artifacts(self.run_id, folder, "images")
                 self.set_tags({"mlflow.loggedImages": "True"})
+                self.mlflow.set_experiment_tag(self._experiment, TAG, view(max(event["step"] for event in events)))
 
     def _send_checkpoint(self, events: list[Event]) -> None:
         for event in events:
@@ -284,7 +286,7 @@ def experiment_id(mlflow: MlflowClient, uri: str, title: str) -> str:
         path = Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts" / title
         beside = path.as_uri() if uri.startswith("sqlite:///") else None
         try:
-            return str(mlflow.create_experiment(title, artifact_location=beside))
+            return str(mlflow.create_experiment(title, artifact_location=beside, tags=experiment_tags()))
         except MlflowException as error:
             experiment = mlflow.get_experiment_by_name(title)  # another run was faster
             if experiment is None:

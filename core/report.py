@@ -18,7 +18,8 @@ from torch import Tensor
 from core.build import Built
 from core.distributed import Ranks, full
 from core.journal import said
-from core.media import enlarged, sheet, tiled, to_uint8, write_gif, write_mp4
+from core.media import enlarged, four_frames, sheet, tiled, to_uint8, write_gif, write_mp4
+from core.mlflow_page import CELLS
 from core.progress import Progress
 from core.recipe_file import recipe_hash
 from core.redact import redact
@@ -26,9 +27,6 @@ from core.slots import Launch, Recipe
 from core.systems import System
 from core.tracker import Tracker, open_run
 from core.validate import evaluate, frechet, generate, reconstructions
-
-CELLS = 8
-"""Clips that become a series of pictures of their own."""
 
 
 class Report:
@@ -141,15 +139,15 @@ class Report:
             self.tracker.artifact(folder / f"{name}.mp4", f"samples/step-{self.now:08d}")
 
     def _series(self, name: str, frames: np.ndarray, folder: Path) -> None:
-        """A strip of frames for each clip (of a reconstruction: the original above it), as a series of its own: in
-        MLflow's image grid two runs stand side by side, noise by noise.
+        """Four frames of each clip (of a reconstruction: two, below two of the original) as a series of its own: in
+        MLflow's grid of pictures two runs stand side by side, noise by noise.
         """
         assert self.tracker is not None
         rows = 2 if name == "reconstructions" else 1
         for cell in range(min(len(frames) // rows, CELLS)):
             path = folder / "cells" / f"{name}-{cell}.png"
             path.parent.mkdir(exist_ok=True)
-            sheet(frames[rows * cell : rows * (cell + 1)]).save(path)
+            four_frames(frames[rows * cell : rows * (cell + 1)]).save(path)
             self.tracker.picture(path, f"{name}/{cell}", self.now)
 
     def saved(self, path: Path, step: int) -> None:
