@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 SHELL  := /bin/bash
 
-.PHONY: demo test check claims bench weights help
+.PHONY: demo test check claims bench screenshots weights help
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -22,6 +22,7 @@ demo: $(READY) ## train the tiny sky model on synthetic clouds, about 5 minutes 
 	$(BIN)/python -m registry run lvdm-short-sky-tiny
 
 test: $(READY) ## the whole test suite
+	@command -v chromium chromium-browser google-chrome >/dev/null || echo "no Chromium: the test of MLflow's page is skipped; on Debian: apt install chromium"
 	$(BIN)/python -m pytest
 
 check: $(READY) ## format, lint, types, import rules
@@ -35,6 +36,10 @@ claims: $(READY) ## what takes longer: that every twin learns
 
 bench: $(READY) ## a table of ratios against the bare limit
 	$(BIN)/python -m benchmarks
+
+screenshots: $(READY) ## the README's pictures of MLflow's page: three runs, one killed and resumed, about 10 minutes; needs Chromium
+	$(BIN)/python -m tests.tracking.demo_runs build/screenshots
+	$(BIN)/python -m tests.tracking.screenshots sqlite:///build/screenshots/mlflow.db docs
 
 weights: $(READY) ## remake what ships with the project: two autoencoders and a text encoder
 	$(BIN)/python -m registry run lvdm-video-vae-tiny --output-dir runs/shipped-vae --overwrite

@@ -315,6 +315,31 @@ def _ui(words: list[str]) -> int:
     return serve(flags)
 
 
+def _sync(words: list[str]) -> int:
+    from core.cli import parse
+    from core.verbs.flags import StoreFlags
+
+    if _wants_help(words):
+        return _help(words, "sync", StoreFlags())
+    where = words.pop(0) if words and not words[0].startswith("-") else None
+    (flags,) = parse(words, StoreFlags())
+    from core.verbs.sync import sync
+
+    return sync(where, flags.store)
+
+
+def _doctor(words: list[str]) -> int:
+    from core.cli import parse
+    from core.verbs.flags import DoctorFlags
+
+    if _wants_help(words):
+        return _help(words, "doctor", DoctorFlags())
+    (flags,) = parse(words, DoctorFlags())
+    from core.verbs.doctor import doctor
+
+    return doctor(flags)
+
+
 DO: dict[str, Callable[[list[str]], int]] = {
     "list": _list,
     "show": _show,
@@ -324,6 +349,8 @@ DO: dict[str, Callable[[list[str]], int]] = {
     "sample": _sample,
     "measure-latents": _measure,
     "weights": _weights,
+    "sync": _sync,
+    "doctor": _doctor,
     "ui": _ui,
 }
 

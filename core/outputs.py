@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from core.checkpoint import newest
 from core.errors import UserError
@@ -18,7 +16,10 @@ from core.recipe_file import dump, read
 from core.slots import Launch, Recipe
 from core.slots.slot import flatten
 
-OURS = ("recipe.json", "run.json", "run.log", "metrics.jsonl", "checkpoints", "samples", "export", "profile.json")
+OURS = (
+    *("recipe.json", "run.json", "run.log", "journal.jsonl", "synced.json", "provenance", "traceback.txt"),
+    *("checkpoints", "samples", "export", "profile.json", "run.json.partial", "synced.json.partial"),
+)
 """What a run writes; `--overwrite` removes these and nothing else."""
 FREE = (
     "loop.max_steps",
@@ -189,9 +190,3 @@ def _free(path: str, allow: tuple[str, ...]) -> bool:
 
 def _within(path: str, slot: str) -> bool:
     return path == slot or path.startswith(f"{slot}.")
-
-
-def run_facts(folder: Path) -> dict[str, Any]:
-    """MLflow run id, store and run name of the run in `folder`; empty when it was killed before it had them."""
-    path = folder / "run.json"
-    return json.loads(path.read_text()) if path.is_file() else {}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import ClassVar, Protocol
 
 from core.errors import Screen, UserError
+from core.provenance import refuse_secrets
 from core.slots import Autoencoder, Data, Recipe, Sampler, Slot
 from core.slots.slot import field_types
 
@@ -28,6 +29,7 @@ class Frozen(Protocol):
 
 def preflight(recipe: Recipe) -> None:
     """Raise a Screen that names every missing field, its published source and the command that goes on."""
+    refuse_secrets(recipe)
     _refuse_words_for_the_deaf(recipe)
     missing = [*_missing_weights(recipe), *_missing_data(recipe)]
     if missing:

@@ -10,6 +10,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from core.redact import redact
+
 
 class Progress:
     """Lines and a bar on rank 0's terminal, and `run.log`; silent on the other ranks (`log` None)."""
@@ -37,6 +39,7 @@ class Progress:
         """A line for the person and the log."""
         if not self.active:
             return
+        text = redact(text)
         if self._bar is not None:
             self._bar.console.print(text, highlight=False, markup=False)
         else:
@@ -46,7 +49,7 @@ class Progress:
     def note(self, text: str) -> None:
         """A line for the log alone."""
         if self._file is not None:
-            self._file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}\n")
+            self._file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {redact(text)}\n")
 
     def step(self, step: int) -> None:
         """An update is done."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -31,8 +32,8 @@ class State:
     """The step of the newest checkpoint that was handed over."""
 
 
-def save(saver: Saver, recipe: Recipe, built: Built, here: Ranks, state: State) -> None:
-    """Hand everything that goes on to the saver; a collective."""
+def save(saver: Saver, recipe: Recipe, built: Built, here: Ranks, state: State, about: Any) -> None:
+    """Hand everything that goes on to the saver, and what is to be said of it; a collective."""
     numbers = {
         "step": state.step,
         "epoch": state.position.epoch,
@@ -46,7 +47,7 @@ def save(saver: Saver, recipe: Recipe, built: Built, here: Ranks, state: State) 
         "world": here.world,
         "window": vars(state.window) | {"sums": dict(state.window.sums)},
     }
-    saver.save(checkpoint.tensors(built.system.trained, built.optimizer, built.ema), numbers, dump(recipe))
+    saver.save(checkpoint.tensors(built.system.trained, built.optimizer, built.ema), numbers, dump(recipe), about)
     state.saved_at = state.step
 
 

@@ -151,6 +151,7 @@ def _parse(verb: str, what: str = "", *flags: str) -> None:
     from core.cli import parse
     from core.slots import Launch
     from core.verbs.flags import (
+        DoctorFlags,
         ExportFlags,
         ImportFlags,
         MeasureFlags,
@@ -179,6 +180,10 @@ def _parse(verb: str, what: str = "", *flags: str) -> None:
             assert not getattr(given, "recipe", None) or get(given.recipe)
         case "diff":
             parse(flags[1:], StoreFlags())
+        case "sync":
+            parse(flags, StoreFlags())
+        case "doctor":
+            parse([what, *flags] if what else [], DoctorFlags())
         case "ui":
             parse([what, *flags] if what else [], UiFlags())
         case _:
@@ -201,10 +206,10 @@ def _known_names() -> set[str]:
     from core.cli import ALIASES
     from core.slots import Launch
     from core.swap import spots
-    from core.verbs.flags import ExportFlags, ImportFlags, MeasureFlags, SampleFlags, UiFlags
+    from core.verbs.flags import DoctorFlags, ExportFlags, ImportFlags, MeasureFlags, SampleFlags, UiFlags
     from registry import get, names
 
-    parts = [Launch(), SampleFlags(), MeasureFlags(), UiFlags(), ImportFlags(), ExportFlags()]
+    parts = [Launch(), SampleFlags(), MeasureFlags(), UiFlags(), DoctorFlags(), ImportFlags(), ExportFlags()]
     parts += [get(name, "--validation.data=FrameFolders", "--optim.ema=EMA") for name in names()]
     return set(ALIASES).union(*(spots(part) for part in parts))
 

@@ -80,6 +80,21 @@ class StoreFlags(VerbFlags):
     """MLflow tracking URI. Default: $MLFLOW_TRACKING_URI, else sqlite:///runs/mlflow.db."""
 
 
+class DoctorFlags(StoreFlags):
+    """Flags of `doctor`."""
+
+    fix: bool = False
+    """Close runs that say RUNNING and are dead, and send what MLflow lacks of their journals."""
+    suspected: bool = False
+    """With --fix: close also those on other machines that have been silent for --stale-minutes."""
+    stale_minutes: float = 15.0
+    """Silence after which a run on another machine is suspected. A living one gives a sign every half minute."""
+
+    def check(self) -> None:
+        if self.stale_minutes <= 0:
+            self.refuse("stale_minutes", "must be positive")
+
+
 class UiFlags(StoreFlags):
     """Flags of `ui`."""
 

@@ -79,6 +79,22 @@ VERBS = {
         "executed.",
         "python -m registry weights info shipped:lvdm-video-vae-tiny",
     ),
+    "sync": Verb(
+        "[RUN_OR_DIR] [--store URI]",
+        "nothing",
+        "Send to MLflow what it lacks of a run.\n"
+        "A server that was down or slow has gaps; the run's journal has none. Without a run: all under ./runs.\n"
+        "Doing it twice changes nothing; another --store gets a copy. Exit code 1 when something is left.",
+        "python -m registry sync runs/first",
+    ),
+    "doctor": Verb(
+        "[--fix] [--store URI]",
+        "nothing",
+        "Say what this machine has, and find runs that say RUNNING and are dead.\n"
+        "--fix closes those as KILLED and sends what MLflow lacks of their journals.\n"
+        "Exit code 1 when something is left to do.",
+        "python -m registry doctor --fix",
+    ),
     "ui": Verb(
         "[--host H] [--port P] [--store URI]",
         "nothing",

@@ -1,11 +1,11 @@
 """Short real runs for the tests: the tiny twins, cut to a few updates on a small sky."""
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+from core.journal import FILE_NAME, read
 from core.slots import Launch, Recipe
 from core.train import Result, train
 from data.slots import CaptionedVideos
@@ -59,8 +59,13 @@ def registry(
 
 
 def journal(out: Path) -> list[dict]:
-    """The metrics lines of a run."""
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    """The metrics of a run, by line, without those of the machine."""
+    lines = (event for event, _ in read(out / FILE_NAME) if event["event"] == "metrics")
+    return [
+        {"step": e["step"], "time": e["time"]} | e["values"]
+        for e in lines
+        if not any("system/" in k for k in e["values"])
+    ]
 
 
 def losses(out: Path) -> dict[int, float]:

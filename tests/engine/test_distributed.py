@@ -122,7 +122,7 @@ def wait_for(condition, patience=120.0):
 
 
 def steps(out):
-    return len(losses(out)) if (out / "metrics.jsonl").exists() else 0
+    return len(losses(out)) if (out / "journal.jsonl").exists() else 0
 
 
 def test_a_rank_that_is_killed_is_started_again_and_the_losses_are_those_of_an_undisturbed_run(sky, store, tmp_path):
