@@ -34,7 +34,7 @@ tracker = opened(out, store, argv=words)
 everything(tracker)
 tracker.tags({"hub.token": os.environ["PLANTED"], "said": "Authorization: Bearer " + os.environ["HEADER"]})
 first = SimpleNamespace(first=True, world=1, device=SimpleNamespace(type="cpu"))
-report = Report(get("lvdm-short-sky-tiny"), SimpleNamespace(folder=out), first, tracker, "")
+report = Report(get("lvdm-short-sky-tiny"), SimpleNamespace(start=SimpleNamespace(folder=out, notes=())), first, tracker, "", None)
 report.begin(0, 3)
 report.bar.line("reading s3://x?token=" + os.environ["PLANTED"])
 try:

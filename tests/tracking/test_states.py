@@ -217,7 +217,7 @@ def test_an_error_in_training_leaves_failed_with_the_traceback_and_an_interrupt_
     from core import report
 
     def fails(error):
-        def step(self, number):
+        def step(self, number, failure):
             if number == 2:
                 raise error
 
