@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 
 from core.checkpoint import newest
 from core.errors import UserError
-from core.files import write_atomic
+from core.files import read_json, write_atomic
 from core.preflight import writable
 from core.recipe_file import dump, read
 from core.slots import Launch, Recipe
@@ -192,6 +191,15 @@ def _within(path: str, slot: str) -> bool:
 
 
 def run_facts(folder: Path) -> dict[str, Any]:
-    """MLflow run id, store and run name of the run in `folder`; empty when it was killed before it had them."""
-    path = folder / "run.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    """MLflow run id, store and run name of the run in `folder`; empty when it was killed before it had them, or when
+    the file is damaged.
+    """
+    try:
+        facts = read_json(folder / "run.json", 2**20)
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) and all(_is_fact(value) for value in facts.values()) else {}
+
+
+def _is_fact(value: Any) -> bool:
+    return isinstance(value, str) and value.isprintable()

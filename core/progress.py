@@ -10,6 +10,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from core.errors import printable
+
 
 class Progress:
     """Lines and a bar on rank 0's terminal, and `run.log`; silent on the other ranks (`log` None)."""
@@ -37,6 +39,7 @@ class Progress:
         """A line for the person and the log."""
         if not self.active:
             return
+        text = printable(text)
         if self._bar is not None:
             self._bar.console.print(text, highlight=False, markup=False)
         else:

@@ -4,16 +4,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any, cast
 
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from core.errors import UserError, did_you_mean
-from core.weights.lvdm import Part, load_strict, original_state
+from core.files import read_json
+from core.weights.lvdm import Part, load_strict, original_state, read_safetensors
 
 SHIPPED = Path(__file__).parent / "shipped"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)*")
@@ -46,7 +45,7 @@ def load_component(module: nn.Module, spec: str, component: str) -> dict[str, An
     """
     path = locate(spec, component)
     if path.is_dir():
-        state, config = _diffusers_state(path), _config(path)
+        state, config = _diffusers_state(path), read_config(path)
     else:
         state, config = original_state(path, cast(Part, component)), {}
     load_strict(module, state)
@@ -93,9 +92,20 @@ def _from_hub(spec: str) -> Path:
     return root.joinpath(*rest)
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """The `config.json` of a diffusers folder; empty where there is none. Raises UserError for what is no JSON
+    object.
+    """
     path = folder / "config.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    if not path.exists():
+        return {}
+    try:
+        config = read_json(path, 2**20)
+    except (OSError, ValueError) as error:
+        raise UserError(f"weights {path}: cannot be read ({error})") from None
+    if not isinstance(config, dict):
+        raise UserError(f"weights {path}: expected a JSON object")
+    return config
 
 
 def _diffusers_state(folder: Path) -> dict[str, Tensor]:
@@ -105,5 +115,5 @@ def _diffusers_state(folder: Path) -> dict[str, Tensor]:
         raise UserError(f"weights {folder}: no .safetensors file in it (found {found})")
     state: dict[str, Tensor] = {}
     for file in files:
-        state |= load_file(file)
+        state |= read_safetensors(file)
     return state

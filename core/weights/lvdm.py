@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -48,16 +49,42 @@ def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected a .safetensors, .ckpt, .pt or .bin checkpoint")
     if path.suffix == ".safetensors":
-        return load_file(path)
+        return read_safetensors(path)
+    _refuse_compressed(path)
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"{path}: not opened, a checkpoint may hold tensors and plain values only ({reason})"
         ) from error
-    tensors = loaded.get("state_dict", loaded)
-    return {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
+    tensors = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
+    if not isinstance(tensors, dict):
+        raise UserError(f"{path}: no checkpoint, it holds a {type(loaded).__name__} and no names of tensors")
+    return {str(name): value for name, value in tensors.items() if isinstance(value, Tensor)}
+
+
+def _refuse_compressed(path: Path) -> None:
+    """torch writes its archives without compression; one whose parts are larger than itself would fill the memory."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(part.file_size for part in archive.infolist())
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+        raise UserError(f"{path}: not opened, a damaged archive ({error})") from None
+    if size > path.stat().st_size:
+        raise UserError(f"{path}: not opened, its parts are larger than the file ({size:,} bytes)")
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises UserError for one that is damaged or no such file."""
+    try:
+        if not path.is_file():
+            raise OSError("no ordinary file")
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"{path}: cannot be read as safetensors ({str(error).splitlines()[0]})") from None
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
