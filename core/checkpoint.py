@@ -7,10 +7,11 @@ of each file. No pickle is written or read. `core/saver.py` writes them.
 
 from __future__ import annotations
 
-import json
+import math
 import re
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,11 +20,16 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 
+from core.distributed import local
 from core.errors import UserError
+from core.files import read_json
 from core.manifest import LIMIT, damage
+from core.meters import Window
 
 if TYPE_CHECKING:
     from core.distributed import Ranks
@@ -31,20 +37,51 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 NAME = re.compile(r"step-(\d{8,})")
-NUMBERS: dict[str, type | tuple[type, ...]] = {
-    "step": int,
-    "epoch": int,
-    "drawn": int,
-    "nonfinite": list,
-    "samples": list,
-    "scaler": list,
-    "ema_count": (int, type(None)),
-    "optimizer_steps": dict,
-    "threads": int,
-    "world": int,
-    "window": dict,
+
+
+def _is_count(value: Any, most: int = 2**53) -> bool:
+    return type(value) is int and 0 <= value <= most
+
+
+def _are_counts(value: Any) -> bool:
+    """A pair, such as samples read and skipped."""
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_count, value))
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < math.inf
+
+
+def _is_scaler(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and _is_number(value[0]) and value[0] > 0 and _is_count(value[1])
+
+
+def _is_window(value: Any) -> bool:
+    if not isinstance(value, dict) or value.keys() != vars(Window()).keys():
+        return False
+    counts, seconds, sums = ("updates", "skipped", "counted"), ("seconds", "data_s"), value["sums"]
+    return (
+        all(_is_count(value[name]) for name in counts)
+        and all(_is_number(value[name]) for name in seconds)
+        and isinstance(sums, dict)
+        and all(type(number) in (int, float) for number in sums.values())
+    )
+
+
+NUMBERS: dict[str, Callable[[Any], bool]] = {
+    "step": _is_count,
+    "epoch": _is_count,
+    "drawn": _is_count,
+    "nonfinite": _are_counts,
+    "samples": _are_counts,
+    "scaler": _is_scaler,
+    "ema_count": lambda value: value is None or _is_count(value),
+    "optimizer_steps": lambda value: isinstance(value, dict) and all(map(_is_number, value.values())),
+    "threads": lambda value: _is_count(value, 1024) and value > 0,
+    "world": lambda value: _is_count(value) and value > 0,
+    "window": _is_window,
 }
-"""What `state.json` must hold besides its format, and of which type."""
+"""What `state.json` must hold besides its format, and what is fit to go on with."""
 
 
 def tensors(modules: nn.ModuleDict, optimizer: torch.optim.Optimizer | None, ema: EMA | None) -> dict[str, Tensor]:
@@ -116,20 +153,31 @@ def numbers_of(checkpoint: Path) -> dict[str, Any]:
     """The numbers of a checkpoint. Raises UserError for a file that is damaged or from a newer version."""
     path = checkpoint / "state.json"
     try:
-        if path.stat().st_size > LIMIT:
-            raise ValueError("it is larger than any state file")
-        numbers = json.loads(path.read_text())
+        numbers = read_json(path, LIMIT)
         version = int(numbers["format"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(f"{path}: cannot be read ({type(error).__name__}); resume from another checkpoint") from None
     if version > FORMAT:
         raise UserError(
             f"{path}: written by a newer version (format {version}, this one reads {FORMAT}); upgrade this package"
         )
-    wrong = [name for name, kind in NUMBERS.items() if not isinstance(numbers.get(name, ...), kind)]
+    wrong = [name for name, fits in NUMBERS.items() if name not in numbers or not fits(numbers[name])]
     if wrong:
-        raise UserError(f"{path}: {', '.join(wrong)} missing or of the wrong type; resume from another checkpoint")
+        raise UserError(f"{path}: {', '.join(wrong)} missing or not what a run writes; resume from another checkpoint")
     return numbers  # type: ignore[no-any-return]
+
+
+class _Whole(DefaultLoadPlanner):
+    """Refuses a checkpoint whose parts leave a gap in a tensor; torch's own planner leaves there what was before."""
+
+    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
+        filled: Counter[str] = Counter()
+        for item in central_plan.items:
+            filled[item.dest_index.fqn] += item.lengths.numel()
+        for name, tensor in self.state_dict.items():
+            if filled[name] < local(tensor).numel():
+                raise ValueError(f"a part of {name} is missing")
+        return super().finish_plan(central_plan)
 
 
 def load(checkpoint: Path, state: dict[str, Tensor], ranks: Ranks) -> None:
@@ -139,7 +187,10 @@ def load(checkpoint: Path, state: dict[str, Tensor], ranks: Ranks) -> None:
     try:
         with quiet():
             load_distributed(
-                state, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=ranks.mesh is None
+                state,
+                storage_reader=HuggingFaceStorageReader(str(checkpoint)),
+                planner=_Whole(),
+                no_dist=ranks.mesh is None,
             )
     except (CheckpointException, SafetensorError, OSError, ValueError, KeyError) as error:
         raise UserError(f"checkpoint {checkpoint}: does not fit this recipe, or is damaged: {reason(error)}") from error

@@ -45,7 +45,7 @@ def batches(dataset: Any, keys: Iterable[list[Key]], *, workers: int, pin: bool)
     try:
         yield from loader
     except UserError as error:  # from a worker process it comes wrapped in the worker's traceback
-        raise UserError(str(error).rstrip().splitlines()[-1].removeprefix("core.errors.UserError: ")) from None
+        raise UserError(str(error.args[0]).rstrip().splitlines()[-1].removeprefix("core.errors.UserError: ")) from None
 
 
 def _leave_signals_to_the_loop(worker: int) -> None:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from core.files import synced_digest, write_atomic
+from core.files import read_json, synced_digest, write_atomic
 
 NAME = "manifest.json"
 LIMIT = 64 * 2**20
@@ -27,17 +27,24 @@ def write(folder: Path, files: dict[str, dict[str, Any]]) -> None:
 
 def read(folder: Path) -> dict[str, dict[str, Any]]:
     """The files that the manifest names. Raises ValueError for one that is damaged, OSError where there is none."""
-    path = folder / NAME
-    if path.stat().st_size > LIMIT:
-        raise ValueError("it is larger than any manifest")
-    content = json.loads(path.read_text())
+    content = read_json(folder / NAME, LIMIT)
     files = content.get("files") if isinstance(content, dict) else None
     if not isinstance(files, dict) or not files:
         raise ValueError("it names no files")
     for name, entry in files.items():
-        if Path(name).name != name or not isinstance(entry, dict) or not isinstance(entry.get("sha256"), str):
-            raise ValueError(f"its entry {name!r} is not a file of the checkpoint with a hash")
+        if not _is_name(name) or not isinstance(entry, dict) or not _is_entry(entry):
+            raise ValueError(f"its entry {name!r} is not a file of the checkpoint with size and hash")
     return files
+
+
+def _is_name(name: str) -> bool:
+    """Of a file within the folder, and one that a terminal can show."""
+    return Path(name).name == name and name.isprintable() and len(name) < 256
+
+
+def _is_entry(entry: dict[str, Any]) -> bool:
+    size = entry.get("bytes")
+    return isinstance(entry.get("sha256"), str) and isinstance(size, int) and 0 <= size < 2**63
 
 
 def damage(folder: Path) -> str | None:
@@ -46,14 +53,14 @@ def damage(folder: Path) -> str | None:
         files = read(folder)
     except FileNotFoundError:
         return f"half-written: it has no {NAME}"
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         return f"its {NAME} cannot be read ({error})"
     for name, entry in files.items():
         path = folder / name
         if not path.is_file() or path.is_symlink():
             return f"{name} is missing"
-        if path.stat().st_size != entry.get("bytes"):
-            return f"{name} has {path.stat().st_size} bytes, not {entry.get('bytes')}"
+        if path.stat().st_size != entry["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes, not {entry['bytes']}"
         try:
             with path.open("rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()

@@ -10,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from core.errors import printable
 from core.redact import redact
 
 
@@ -39,7 +40,7 @@ class Progress:
         """A line for the person and the log."""
         if not self.active:
             return
-        text = redact(text)
+        text = printable(redact(text))
         if self._bar is not None:
             self._bar.console.print(text, highlight=False, markup=False)
         else:

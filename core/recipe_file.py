@@ -15,6 +15,7 @@ from typing import Any, cast
 
 from core.cli import ALIASES, dashed
 from core.errors import UserError
+from core.files import read_text
 from core.slots.recipe import RECIPES, Recipe
 from core.slots.slot import Slot, field_types, from_json, to_json
 from core.swap import class_names, item_kinds, options, slot_kinds, spots, swapped
@@ -86,8 +87,7 @@ def read(path: Path) -> Recipe:
     is_dir = os.path.isdir(path)  # noqa: PTH112  # unlike Path's, False for a name that is too long
     file = path / FILE_NAME if is_dir else path
     try:
-        with file.open("rb") as stream:
-            text = stream.read(MAX_BYTES + 1).decode()
+        text = read_text(file, MAX_BYTES)
     except FileNotFoundError:
         raise UserError(f"{path} holds no {FILE_NAME}" if is_dir else f"{path} does not exist") from None
     except (OSError, ValueError) as error:

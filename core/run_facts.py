@@ -10,6 +10,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from core.files import read_json
+
 FILE_NAME, SYNCED = "run.json", "synced.json"
 
 
@@ -60,7 +62,7 @@ class Synced:
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text())
+        value = read_json(path, 2**20)
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}

@@ -33,6 +33,14 @@ EXPECTED = {
     "sky": "<root>/<split>/<video>/<clip>/*.jpg",
     "ucf101": "<root>/<split>/v_<Class>_gXX_cYY/*.jpg and <root>/" + UCF_CLASSES,
 }
+FORMATS = ("JPEG", "PNG", "PPM", "BMP")
+"""Those that Pillow may take a file for, whatever it is called: for some others it starts programs."""
+FRAME_PIXELS = 7680 * 4320
+"""Pixels of a frame at most: 8K, 100 MB decoded."""
+CLIP_PIXELS = 2**28
+"""Pixels of all frames of a sample at most: 16 of 4096 x 4096, or 129 of 1920 x 1080; 805 MB decoded."""
+LIST_LIMIT = 2**16
+"""Bytes of a list of classes; UCF-101's has 1,993."""
 LINKS_OUT = "links that leave the root"
 
 
@@ -128,9 +136,9 @@ class FrameClips(Samples):
         clip, size = self.clips[0], self.slot.resolution
         path = f"{clip.name}/{self._frame_names(clip)[0]}"
         try:
-            with Image.open(self.root / path) as image:
+            with Image.open(self.root / path, formats=FORMATS) as image:
                 width, height = image.size
-        except (OSError, SyntaxError):
+        except Exception:  # noqa: BLE001  as in _pixels, which will say so
             return
         if min(width, height) < size:
             raise UserError(
@@ -245,14 +253,25 @@ def _ucf_classes(root: Path, clips: list[Clip]) -> dict[str, tuple[int, str]]:
     path = root / UCF_CLASSES
     if not path.is_file():
         raise UserError(f"{path} is missing: layout ucf101 takes the classes from it ('1 ApplyEyeMakeup', …).")
-    rows = [line.split() for line in path.read_text().splitlines() if line.strip()]
-    if len(rows) != 101 or any(len(row) != 2 or not row[0].isdecimal() for row in rows):
+    rows = _rows(path)
+    if len(rows) != 101 or {row[0] for row in rows} != {str(number) for number in range(1, 102)}:
         raise UserError(f"{path} must list 101 classes, one '<index from 1> <Name>' a line; it has {len(rows)} lines.")
     classes = {name.lower(): (int(number) - 1, _caption(name)) for number, name in rows}
     for clip in clips:
         if (name := _class_name(clip.name, "ucf101")) not in classes:
             raise UserError(f"{clip.name}: its class {name!r} is not in {UCF_CLASSES}{did_you_mean(name, classes)}.")
     return classes
+
+
+def _rows(path: Path) -> list[list[str]]:
+    """The words of each line with two of them. Raises UserError for what is no short text."""
+    try:
+        if path.stat().st_size > LIST_LIMIT:
+            raise ValueError("it is too long for a list of classes")
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    return [words for words in map(str.split, lines) if len(words) == 2]
 
 
 def _caption(name: str) -> str:
@@ -263,8 +282,11 @@ def _caption(name: str) -> str:
 
 
 def _decode(root: Path, paths: list[str]) -> torch.Tensor:
-    """uint8 (T, 3, H, W), channels last in memory: a resize of that is ten times as fast as one of floats."""
-    frames = [_pixels(root, path) for path in paths]
+    """The frames of a sample, of bounded size together: uint8 (T, 3, H, W), channels last in memory: a resize of that
+    is ten times as fast as one of floats.
+    """
+    most = min(FRAME_PIXELS, CLIP_PIXELS // len(paths))
+    frames = [_pixels(root, path, most) for path in paths]
     for path, frame in zip(paths, frames, strict=True):
         if frame.shape != frames[0].shape:
             (height, width), (h, w) = frames[0].shape[:2], frame.shape[:2]
@@ -272,15 +294,20 @@ def _decode(root: Path, paths: list[str]) -> torch.Tensor:
     return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
 
 
-def _pixels(root: Path, path: str) -> np.ndarray:
-    """(H, W, 3) uint8. A truncated image is a bad sample, not a grey half."""
+def _pixels(root: Path, path: str, most: int) -> np.ndarray:
+    """(H, W, 3) uint8. A truncated image is a bad sample, not a grey half; so is one of more than `most` pixels, which
+    its first bytes say: a file of a few kilobytes may hold gigabytes.
+    """
     try:
-        with Image.open(root / path) as image:
-            return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+        with Image.open(root / path, formats=FORMATS) as image:
+            width, height = image.size
+            if width * height <= most:
+                return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
     except UnidentifiedImageError:
         raise BadSample(path, "not an image") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise BadSample(path, getattr(error, "strerror", None) or str(error)) from None
+    except Exception as error:  # noqa: BLE001  Pillow's readers fail in as many ways as bytes can be wrong
+        raise BadSample(path, getattr(error, "strerror", None) or str(error) or type(error).__name__) from None
+    raise BadSample(path, f"is {width}x{height}: more than {most:,} pixels a frame are not read")
 
 
 def _spatial(frames: torch.Tensor, how: str, size: int, rng: np.random.Generator) -> torch.Tensor:

@@ -10,6 +10,7 @@ from core import checkpoint
 from core.distributed import Ranks
 from core.ema import EMA
 from core.errors import UserError
+from core.meters import Window
 from core.saver import Saver
 from core.slots import EMA as EMASlot
 
@@ -31,7 +32,7 @@ def trained(updates: int):
 
 def numbers(step, modules, optimizer):
     counted = {"epoch": 0, "drawn": step, "nonfinite": [0, 0], "samples": [step, 0], "scaler": [1.0, 0]}
-    rest = {"ema_count": step, "threads": 1, "world": 1, "window": {}}
+    rest = {"ema_count": step, "threads": 1, "world": 1, "window": vars(Window())}
     return {"step": step, "optimizer_steps": checkpoint.optimizer_steps(modules, optimizer)} | counted | rest
 
 
