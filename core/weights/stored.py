@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from core import files
 from core.errors import UserError
 from core.weights.lazy import Lazy, safetensors
 from core.weights.paddle import read_pdparams
@@ -85,10 +85,8 @@ def _safetensors(path: Path) -> dict[str, Lazy]:
 def read_json(path: Path) -> dict[str, Any]:
     """A json object. Raises UserError when it is none."""
     try:
-        if path.stat().st_size > LIMIT:
-            raise ValueError("too large")
-        value = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
+        value = files.read_json(path, LIMIT)
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a json object")

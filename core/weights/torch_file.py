@@ -14,6 +14,7 @@ import mmap
 import pickle
 import struct
 import sys
+import warnings
 import zipfile
 from collections.abc import Mapping
 from io import BytesIO
@@ -62,8 +63,14 @@ def read_torch(path: Path) -> tuple[dict[str, Lazy], list[str]]:
     Raises UserError for a file that is damaged, or that asks for what no checkpoint needs.
     """
     zipped = zipfile.is_zipfile(path)
+    if zipped:
+        _refuse_compressed(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", message="Detected pickle protocol"
+            )  # whether it can be read shows at once
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         if not zipped:
             raise UserError(
@@ -78,6 +85,17 @@ def read_torch(path: Path) -> tuple[dict[str, Lazy], list[str]]:
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: holds no dict of tensors but a {type(content).__name__}")
     return {name: lazy(t) for name, t in leaves(content, _tensor)}, []
+
+
+def _refuse_compressed(path: Path) -> None:
+    """torch writes its archives without compression; one whose parts are larger than itself would fill the memory."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(part.file_size for part in archive.infolist())
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+        raise UserError(f"{path}: not opened, a damaged archive ({error})") from None
+    if size > path.stat().st_size:
+        raise UserError(f"{path}: not opened, its parts are larger than the file ({size:,} bytes)")
 
 
 def _tensor(value: Any) -> Tensor | None:
