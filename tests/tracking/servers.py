@@ -53,8 +53,8 @@ def server(folder: Path, template: Path, port: int = 0, password: str = "") -> I
 
 
 def wait_for(url: str, process: subprocess.Popen) -> None:
-    """Until the page answers. Raises OSError when the process has ended, or after two minutes."""
-    end = time.monotonic() + 120
+    """Until the page answers. Raises OSError when the process has ended, or after four minutes."""
+    end = time.monotonic() + 240
     while True:
         try:
             urllib.request.urlopen(url, timeout=5).close()

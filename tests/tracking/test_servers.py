@@ -159,7 +159,7 @@ def test_a_server_that_comes_back_during_the_run_gets_everything_without_a_sync(
     tracker = opened(tmp_path / "run", f"http://127.0.0.1:{port}")
     everything(tracker)
     with slow(http, 0.0, port):
-        end = time.monotonic() + 60
+        end = time.monotonic() + 240
         while tracker.replica.left() and time.monotonic() < end:
             time.sleep(0.2)
         tracker.close("FINISHED")
