@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 SHELL  := /bin/bash
 
-.PHONY: demo test check claims bench weights help
+.PHONY: demo test check claims soak bench weights help
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -32,6 +32,10 @@ check: $(READY) ## format, lint, types, import rules
 
 claims: $(READY) ## what takes longer: that every twin learns
 	$(BIN)/python -m pytest -m claims --timeout 3600 -s
+
+soak: $(READY) ## an hour of kills and hostile files; KILLS=40 a twin, FUZZ_EXAMPLES=3000 a reader
+	$(BIN)/python -m pytest -m soak --timeout 7200 -s
+	FUZZ_EXAMPLES=$${FUZZ_EXAMPLES:-3000} $(BIN)/python -m pytest tests/fuzz --timeout 3600
 
 bench: $(READY) ## a table of ratios against the bare limit
 	$(BIN)/python -m benchmarks

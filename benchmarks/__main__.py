@@ -1,4 +1,4 @@
-"""`python -m benchmarks [engine data start]`: one table of ratios, each against a limit measured in the same run."""
+"""`python -m benchmarks [start data engine saving]`: one table of ratios, each to a limit measured in the same run."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 def parts() -> dict[str, Callable[[], list[Row]]]:
     """The parts of the table by name; each imports what it needs."""
-    from benchmarks import data, engine, start
+    from benchmarks import data, engine, saving, start
 
-    return {"start": start.rows, "data": data.rows, "engine": engine.rows}
+    return {"start": start.rows, "data": data.rows, "engine": engine.rows, "saving": saving.rows}
 
 
 def main(wanted: list[str]) -> None:

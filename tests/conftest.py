@@ -15,15 +15,19 @@ os.environ.setdefault("DO_NOT_TRACK", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+LONG = ("claims", "soak")
+"""Marks of what takes minutes or hours."""
+
+
 def pytest_collection_modifyitems(config, items):
-    """`-m claims` runs the long ones; without it they are left out."""
-    if "claims" not in (config.getoption("-m") or ""):
-        keep, drop = [], []
-        for item in items:
-            (drop if item.get_closest_marker("claims") else keep).append(item)
-        if drop:
-            config.hook.pytest_deselected(items=drop)
-            items[:] = keep
+    """`-m claims` or `-m soak` runs the long ones; without it they are left out."""
+    unasked = [name for name in LONG if name not in (config.getoption("-m") or "")]
+    keep, drop = [], []
+    for item in items:
+        (drop if any(map(item.get_closest_marker, unasked)) else keep).append(item)
+    if drop:
+        config.hook.pytest_deselected(items=drop)
+        items[:] = keep
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -179,6 +179,8 @@ def _known_span(span: str) -> None:
         assert name in _known_names() or name in ("help", "json", "debug", "version"), "no such flag"
     elif re.fullmatch(rf"({'|'.join(SLOTS)})(\.[a-z_0-9]+)+", span):
         assert span in _known_names(), "no recipe has such a field"
+    elif test := re.fullmatch(r"(tests/[\w./]+\.py)::(\w+)", span):
+        assert f"\ndef {test[2]}(" in (ROOT / test[1]).read_text(), "no such test"
     elif re.fullmatch(r"[\w./-]+", span) and (span.startswith(FOLDERS) or span in ("registry.py", "Makefile")):
         assert (ROOT / span).exists(), "no such file"
 

@@ -7,21 +7,19 @@ from safetensors.torch import load_file
 from tests.engine.faults import MOMENTS, run_under_fire
 from tests.engine.running import TWINS, journal, losses, short
 
-OFTEN = (
-    "--max-steps 14 --checkpoint.every 3 --checkpoint.keep 2 --validation.every 4 --validation.sample-every 5 "
-    "--loop.log-every 1"
-)
+OFTEN = "--checkpoint.every 3 --checkpoint.keep 2 --validation.every 4 --validation.sample-every 5 --loop.log-every 1"
 
 
-def undisturbed_and_under_fire(name, sky, store, folder, moments, seed, workers=0):
-    calm = short(name, sky, OFTEN)
-    run_under_fire(calm, folder / "calm", store, [], seed)
-    kills = run_under_fire(short(name, sky, f"{OFTEN} --num-workers {workers}"), folder / "fire", store, moments, seed)
+def undisturbed_and_under_fire(name, sky, store, folder, moments, seed, workers=0, steps=14, patience=200.0):
+    often = f"{OFTEN} --max-steps {steps}"
+    run_under_fire(short(name, sky, often), folder / "calm", store, [], seed, patience=patience)
+    fire = short(name, sky, f"{often} --num-workers {workers}")
+    kills = run_under_fire(fire, folder / "fire", store, moments, seed, patience=patience)
     return folder / "calm", folder / "fire", kills
 
 
-def assert_the_same(calm, fire, store):
-    assert losses(fire) == losses(calm) and losses(calm).keys() == set(range(1, 15))
+def assert_the_same(calm, fire, store, steps=14):
+    assert losses(fire) == losses(calm) and losses(calm).keys() == set(range(1, steps + 1))
     for line in journal(fire):  # those that were computed twice, too
         if "loss" in line:
             assert line["loss"] == losses(calm)[line["step"]]
@@ -32,7 +30,7 @@ def assert_the_same(calm, fire, store):
     validated = [
         {line["step"]: line["val/loss"] for line in journal(out) if "val/loss" in line} for out in (fire, calm)
     ]
-    assert validated[0] == validated[1] and validated[0].keys() == {4, 8, 12, 14}
+    assert validated[0] == validated[1] and validated[0].keys() == {*range(4, steps, 4), steps}
     client = MlflowClient(tracking_uri=store)
     runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
     assert [run.info.status for run in runs] == ["FINISHED", "FINISHED"]

@@ -3,11 +3,14 @@
 from itertools import chain
 
 import numpy as np
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from core.hashing import hash_of
+from core.loader import batches
 from core.positions import Plan, Position
+from data.samples import Samples
 
 
 class Numbered:
@@ -89,3 +92,32 @@ def test_a_far_position_costs_no_replay():
     keys, after = plan.update(Position(1_000_000, 8))
     assert [k.epoch for k in keys] == [1_000_000] * 2 + [1_000_001] * 2
     assert after == Position(1_000_001, 2)
+
+
+class Counted(Samples):
+    """Numbers as samples; counts what is asked of it."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__([str(i) for i in range(n)], fingerprint="")
+        self.asked: list[tuple[str, int]] = []
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        self.asked.append(("order", epoch))
+        return super().order(seed, epoch)
+
+    def read(self, index: int, rng: np.random.Generator) -> dict:
+        self.asked.append(("read", index))
+        return {"pixel_values": torch.zeros(())}
+
+
+def test_a_resume_far_on_asks_the_dataset_for_no_more_than_a_start():
+    asked = []
+    for position in (Position(), Position(100_000 * 4 // 50, 100_000 * 4 % 50)):
+        dataset = Counted(50)
+        plan = Plan(dataset, 0, 4, 2)
+        stream = batches(dataset, plan.rank(0, 1, position, 3), workers=0, pin=False)
+        assert len(list(stream)) == 6
+        asked.append(dataset.asked)
+    begun, resumed = ([kind for kind, _ in each] for each in asked)
+    assert resumed == begun == ["order"] + ["read"] * 12
+    assert asked[1][0] == ("order", 8000)
