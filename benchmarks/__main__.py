@@ -1,4 +1,4 @@
-"""`python -m benchmarks [start data captions engine tracking]`: a table of ratios, each against a limit of its run."""
+"""`python -m benchmarks [start data captions engine tracking saving]`: ratios, each against a limit of its run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 def parts() -> dict[str, Callable[[], list[Row]]]:
     """The parts of the table by name; each imports what it needs."""
-    from benchmarks import captions, data, engine, start, tracking
+    from benchmarks import captions, data, engine, saving, start, tracking
 
     return {
         "start": start.rows,
@@ -21,6 +21,7 @@ def parts() -> dict[str, Callable[[], list[Row]]]:
         "captions": captions.rows,
         "engine": engine.rows,
         "tracking": tracking.rows,
+        "saving": saving.rows,
     }
 
 

@@ -10,10 +10,11 @@ from tests.engine.running import TWINS, journal, losses, short
 OFTEN = "--checkpoint.every 3 --checkpoint.keep 2 --validation.every 4 --validation.sample-every 5 --loop.log-every 1"
 
 
-def undisturbed_and_under_fire(name, sky, store, folder, moments, seed, workers=0, steps=14):
+def undisturbed_and_under_fire(name, sky, store, folder, moments, seed, workers=0, steps=14, patience=200.0):
     often = f"{OFTEN} --max-steps {steps}"
-    run_under_fire(short(name, sky, often), folder / "calm", store, [], seed)
-    kills = run_under_fire(short(name, sky, f"{often} --num-workers {workers}"), folder / "fire", store, moments, seed)
+    run_under_fire(short(name, sky, often), folder / "calm", store, [], seed, patience=patience)
+    fire = short(name, sky, f"{often} --num-workers {workers}")
+    kills = run_under_fire(fire, folder / "fire", store, moments, seed, patience=patience)
     return folder / "calm", folder / "fire", kills
 
 

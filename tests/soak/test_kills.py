@@ -24,7 +24,9 @@ def test_a_run_survives_every_kill_bit_for_bit(name, workers, sky, store, tmp_pa
     moments = random.Random(seed).choices(MOMENTS, k=wanted)
     steps = 14 + 4 * wanted  # a kill comes after six updates at most, and costs those since the last checkpoint
     print(f"\n{name}, {workers} workers, {steps} updates, SOAK_SEED={seed}")
-    calm, fire, kills = undisturbed_and_under_fire(name, sky, store, tmp_path, moments, seed, workers, steps)
+    calm, fire, kills = undisturbed_and_under_fire(
+        name, sky, store, tmp_path, moments, seed, workers, steps, patience=30.0 * steps
+    )
     print(f"  {len(kills.moments)} kills survived: {dict(Counter(kills.moments).most_common())}")
     if kills.restart_s:
         middle, most = statistics.median(kills.restart_s), max(kills.restart_s)
