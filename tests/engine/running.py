@@ -9,7 +9,7 @@ from core.journal import FILE_NAME, read
 from core.slots import Launch, Recipe
 from core.train import Result, train
 from data.slots import CaptionedVideos
-from registry import get
+from registry import get, names
 
 REPO = Path(__file__).parents[2]
 SHORT = (
@@ -17,7 +17,8 @@ SHORT = (
     "--validation.every 0 --validation.sample-every 0 --validation.batch-size 2 --validation.num-batches 2 "
     "--validation.num-samples 2 --validation.metric-clips 0 --validation.sampler.num-inference-steps 2 --checkpoint.every 0"
 )
-TWINS = ("lvdm-short-sky-tiny", "lvdm-video-vae-tiny", "lvdm-text2video-tiny", "kl-vae-tiny")
+TWINS = tuple(name for name in names() if name.endswith("-tiny"))
+"""Every twin there is: what holds for one is tested for all, and for those to come."""
 
 
 def flags(name: str, sky: Path, more: str = "") -> list[str]:
