@@ -46,7 +46,7 @@ def _save_times() -> tuple[float, float]:
     """Seconds within `save`, and seconds until the same is written. The state changes in between, as in training."""
     state = {f"weights.{i}": torch.randn(ELEMENTS) for i in range(TENSORS)}
     with tempfile.TemporaryDirectory(dir=".") as folder:  # on a disk; /tmp may be memory
-        saver = Saver(Path(folder), Ranks(torch.device("cpu"), 0, 1, None), 1, lambda path, step: None)
+        saver = Saver(Path(folder), Ranks(torch.device("cpu"), 0, 1, None), 1, lambda path, step, about: None)
         steps = iter(range(1000))
 
         def ours() -> None:
