@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 SHELL  := /bin/bash
 
-.PHONY: demo test check claims soak bench weights help
+.PHONY: demo test check claims soak bench screenshots weights help
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -22,6 +22,7 @@ demo: $(READY) ## train the tiny sky model on synthetic clouds, about 5 minutes 
 	$(BIN)/python -m registry run lvdm-short-sky-tiny
 
 test: $(READY) ## the whole test suite
+	@command -v chromium chromium-browser google-chrome >/dev/null || echo "no Chromium: the test of MLflow's page is skipped; on Debian: apt install chromium"
 	$(BIN)/python -m pytest
 
 check: $(READY) ## format, lint, types, import rules
@@ -40,7 +41,16 @@ soak: $(READY) ## an hour of kills and hostile files; KILLS=40 a twin, FUZZ_EXAM
 bench: $(READY) ## a table of ratios against the bare limit
 	$(BIN)/python -m benchmarks
 
-weights: $(READY) ## remake the autoencoder that ships with the project
+screenshots: $(READY) ## the README's pictures of MLflow's page: three runs, one killed and resumed, about 10 minutes; needs Chromium
+	$(BIN)/python -m tests.tracking.demo_runs build/screenshots
+	$(BIN)/python -m tests.tracking.screenshots sqlite:///build/screenshots/mlflow.db docs
+
+weights: $(READY) ## remake what ships with the project: two autoencoders and a text encoder
 	$(BIN)/python -m registry run lvdm-video-vae-tiny --output-dir runs/shipped-vae --overwrite
 	$(BIN)/python -m registry measure-latents lvdm-short-sky-tiny --weights runs/shipped-vae --write
 	$(BIN)/python -m core.weights.half runs/shipped-vae/export/vae core/weights/shipped/lvdm-video-vae-tiny
+	$(BIN)/python -m registry run kl-vae-tiny --output-dir runs/shipped-kl-vae --overwrite
+	$(BIN)/python -m registry measure-latents kl-vae-tiny --weights runs/shipped-kl-vae --write
+	$(BIN)/python -m core.weights.half runs/shipped-kl-vae/export/vae core/weights/shipped/kl-vae-tiny
+	$(BIN)/python -m data.synthetic_captions --root runs/shipped-captions
+	$(BIN)/python -m core.weights.text_tower runs/shipped-captions/train.csv core/weights/shipped/clip-text-tiny

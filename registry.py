@@ -270,6 +270,39 @@ def _measure(words: list[str]) -> int:
     return 0
 
 
+def _weights(words: list[str]) -> int:
+    from core.cli import parse
+    from core.verbs.flags import ExportFlags, ImportFlags, VerbFlags
+
+    if _wants_help(words):
+        flags = {"import": (ImportFlags(),), "export": (ExportFlags(),)}.get(words[0], ())
+        return _help(words, "weights", *flags)
+    what, where = _first(words, "weights", 2)
+    as_json = what == "info" and _take(words, "--json")
+    if what == "info":
+        parse(words[2:], VerbFlags())
+        from core.verbs.weights import print_info
+
+        return print_info(where, map(_make, names()), as_json)
+    if what == "import":
+        keywords = {"--as": "--component", "--for": "--recipe"}  # Python's own, so no names of fields
+        (imports,) = parse([keywords.get(word, word) for word in words[2:]], ImportFlags())
+        from core.verbs.weights import print_import
+
+        return print_import(where, get, **imports.arguments())
+    if what == "export":
+        (exports,) = parse(words[2:], ExportFlags())
+        _recipes()
+        from core.verbs.weights import export
+
+        return export(where, **exports.arguments())
+    from core.errors import UserError, did_you_mean
+
+    raise UserError(
+        f"weights {what}: unknown{did_you_mean(what, ['info', 'import', 'export'])}; info, import or export"
+    )
+
+
 def _ui(words: list[str]) -> int:
     from core.cli import parse
     from core.verbs.flags import UiFlags
@@ -282,6 +315,31 @@ def _ui(words: list[str]) -> int:
     return serve(flags)
 
 
+def _sync(words: list[str]) -> int:
+    from core.cli import parse
+    from core.verbs.flags import StoreFlags
+
+    if _wants_help(words):
+        return _help(words, "sync", StoreFlags())
+    where = words.pop(0) if words and not words[0].startswith("-") else None
+    (flags,) = parse(words, StoreFlags())
+    from core.verbs.sync import sync
+
+    return sync(where, flags.store)
+
+
+def _doctor(words: list[str]) -> int:
+    from core.cli import parse
+    from core.verbs.flags import DoctorFlags
+
+    if _wants_help(words):
+        return _help(words, "doctor", DoctorFlags())
+    (flags,) = parse(words, DoctorFlags())
+    from core.verbs.doctor import doctor
+
+    return doctor(flags)
+
+
 DO: dict[str, Callable[[list[str]], int]] = {
     "list": _list,
     "show": _show,
@@ -290,6 +348,9 @@ DO: dict[str, Callable[[list[str]], int]] = {
     "resume": _resume,
     "sample": _sample,
     "measure-latents": _measure,
+    "weights": _weights,
+    "sync": _sync,
+    "doctor": _doctor,
     "ui": _ui,
 }
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import statistics
 import tempfile
 import time
@@ -15,6 +14,7 @@ import torch
 from benchmarks.measure import Row
 from core.build import load_frozen
 from core.draw import Draw
+from core.journal import FILE_NAME, read
 from core.loader import batches, to_device
 from core.slots import Launch, Recipe
 from core.train import train
@@ -45,7 +45,7 @@ def _engine(recipe: Recipe) -> list[float]:
         out = Path(folder) / "run"
         with contextlib.redirect_stderr(io.StringIO()):  # the run's own lines
             train(recipe, Launch(output_dir=out, store=f"sqlite:///{folder}/mlflow.db"))
-        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        lines = [event["values"] for event, _ in read(out / FILE_NAME) if event["event"] == "metrics"]
     return [line["time/step_s"] for line in lines if "time/step_s" in line][WARM:]
 
 

@@ -13,13 +13,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from core.attention import choose_attention
+from core.deferred import recording
 from core.distributed import Ranks, spread
 from core.ema import EMA
 from core.errors import UserError
+from core.fresh import Fresh
 from core.outputs import Start, start
 from core.precision import DTYPES, Scaler
 from core.preflight import frozen_parts
-from core.slots import Launch, Optim, Recipe
+from core.slots import Autoencoder, Launch, Optim, Recipe
 from core.systems import System
 from core.weights.load import load_component
 
@@ -45,26 +47,7 @@ def build(recipe: Recipe, launch: Launch, here: Ranks) -> Built:
     dataset, held_out = recipe.data.build(), recipe.validation_data.build()
     begin = _start(recipe, launch, here)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = recipe.loop.tf32
-    torch.manual_seed(recipe.loop.seed)
-    system = recipe.system.build()
-    if recipe.parallel.sequence > 1 and not system.splits_sequence:
-        raise UserError(
-            f"parallel.sequence: {recipe.name} cannot split the tokens of a sample over ranks; take "
-            "--parallel.sequence 1, and --parallel.shard for what does not fit one rank"
-        )
-    if not system.additive and recipe.loop.global_batch != recipe.loop.micro_batch * here.data_world:
-        raise UserError(
-            f"loop.micro_batch: the loss of {type(recipe.system).__name__} is over the whole batch and cannot be "
-            f"accumulated: global_batch must be micro_batch x ranks = {recipe.loop.micro_batch * here.data_world}"
-        )
-    load_frozen(recipe, system)
-    if launch.init_from and begin.checkpoint is None:
-        for name, module in system.trained.items():
-            load_component(module, launch.init_from, name)
-    place(system, recipe, here)
-    system.mode(training=True)
-    prepare_blocks(system, recipe.loop.activation_checkpointing, recipe.loop.compile)
-    spread(system, recipe.parallel, here)
+    system = _assemble(recipe, launch, here, begin)
     groups = parameter_groups(system.trained, recipe.optim)
     return Built(
         system=system,
@@ -77,6 +60,42 @@ def build(recipe: Recipe, launch: Launch, here: Ranks) -> Built:
         total_steps=total_steps(recipe, len(dataset)),
         start=begin,
     )
+
+
+def _assemble(recipe: Recipe, launch: Launch, here: Ranks, begin: Start) -> System:
+    """The system on this rank's device: built on the meta device, spread, then filled tensor by tensor, so that no rank
+    holds the whole of what it keeps a part of, and nothing is drawn that a checkpoint brings.
+    """
+    with recording() as tape:
+        system = recipe.system.build()
+    fresh = Fresh(tape, system.trained, system.frozen)
+    _refuse_impossible(recipe, system, here)
+    fresh.fill(system.frozen, recipe.loop.seed, here.device, skip=dict(system.frozen.named_parameters()))
+    load_frozen(recipe, system)
+    system.mode(training=True)
+    prepare_blocks(system, recipe.loop.activation_checkpointing, recipe.loop.compile)
+    spread(system, recipe.parallel, here)
+    home = torch.device("cpu") if here.mesh is not None and recipe.parallel.offload else here.device
+    fresh.fill(system.trained, recipe.loop.seed, home, skip=system.trained.state_dict() if begin.checkpoint else ())
+    if launch.init_from and begin.checkpoint is None:
+        for name, module in system.trained.items():
+            load_component(module, launch.init_from, name)
+    attend(system, recipe, here)
+    return system
+
+
+def _refuse_impossible(recipe: Recipe, system: System, here: Ranks) -> None:
+    """Raise UserError for a system that cannot be trained on these ranks in these batches."""
+    if recipe.parallel.sequence > 1 and not system.splits_sequence:
+        raise UserError(
+            f"parallel.sequence: {recipe.name} cannot split the tokens of a sample over ranks; take "
+            "--parallel.sequence 1, and --parallel.shard for what does not fit one rank"
+        )
+    if not system.additive and recipe.loop.global_batch != recipe.loop.micro_batch * here.data_world:
+        raise UserError(
+            f"loop.micro_batch: the loss of {type(recipe.system).__name__} is over the whole batch and cannot be "
+            f"accumulated: global_batch must be micro_batch x ranks = {recipe.loop.micro_batch * here.data_world}"
+        )
 
 
 def check_batch(recipe: Recipe, world: int) -> None:
@@ -111,8 +130,13 @@ def _start(recipe: Recipe, launch: Launch, here: Ranks) -> Start:
 
 
 def place(system: System, recipe: Recipe, here: Ranks) -> None:
-    """Move a system to the device and choose its attention there; rank 0 says when it is not the one asked for."""
+    """Move a system to the device and choose its attention there."""
     system.to(here.device)
+    attend(system, recipe, here)
+
+
+def attend(system: System, recipe: Recipe, here: Ranks) -> None:
+    """Choose a system's attention on its device; rank 0 says when it is not the one asked for."""
     with warnings.catch_warnings():
         if not here.first:
             warnings.simplefilter("ignore")
@@ -127,13 +151,17 @@ def load_frozen(recipe: Recipe, system: System) -> None:
         if slot.weights is None:
             raise UserError(f"{path}.weights is not set: this part is frozen and needs trained weights")
         module = system.frozen[slot.component]
+        if not isinstance(slot, Autoencoder):  # it knows what it needs besides tensors
+            module.load(slot.weights)  # type: ignore[operator]
+            continue
         config = load_component(module, slot.weights, slot.component)
         if slot.scale_factor is None:
-            if "scale_factor" not in config:
+            constants = module.constants_of(config)  # type: ignore[operator]
+            if not config or constants is None:
                 raise UserError(
                     f"{path}.scale_factor: the weights carry no latent constants; `measure-latents` prints them"
                 )
-            module.register_to_config(scale_factor=config["scale_factor"], shift_factor=config["shift_factor"])  # type: ignore[operator]
+            module.register_to_config(**module.constants_config(*constants))  # type: ignore[operator]
 
 
 def prepare_blocks(system: System, checkpointing: bool, compiled: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -13,8 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from core.errors import UserError
 from core.precision import DTYPES
@@ -124,9 +127,13 @@ def ranks(parallel: Parallel, device: str, timeout: float) -> Iterator[Ranks]:
         yield Ranks(here, 0, 1, None)
         return
     backend = "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
-    rank = dist.get_rank()
+    store, rank, world = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
+    # torchrun keeps its store over restarts, and with it the addresses of the dead
+    attempt = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    # of a forward pass; nothing here changes an output in place
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     try:
+        dist.init_process_group(backend, store=attempt, rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
         mesh = init_device_mesh(here.type, shape, mesh_dim_names=("replicate", "shard", "sequence"))
         yield Ranks(here, rank, world, mesh)
     except RuntimeError as error:
@@ -137,7 +144,8 @@ def ranks(parallel: Parallel, device: str, timeout: float) -> Iterator[Ranks]:
             f"{str(error).strip().splitlines()[0]}"
         ) from error
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 GONE = re.compile("Connection (closed|reset)|Broken pipe|Timed out|timed out|Socket Timeout|unhandled system error")
@@ -165,6 +173,17 @@ def synchronise_gradients(modules: nn.ModuleDict, on: bool) -> None:
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor: the shard of a DTensor, or the tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def put(target: Tensor, whole: Tensor) -> Tensor:
+    """Copy a whole tensor into `target`; of a DTensor each rank takes its part, without communication."""
+    if isinstance(target, DTensor):
+        part = distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
+        target.to_local().copy_(part.to_local())
+    else:
+        target.copy_(whole)
+    return target
 
 
 def full(tensor: Tensor) -> Tensor:

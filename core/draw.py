@@ -58,12 +58,15 @@ class Draw:
         rows = [torch.randn(*shape, generator=self._generator(key, name), device="cpu") for key in self.keys]
         return torch.stack(rows).to(self.device, non_blocking=True)
 
+    def chances(self, name: str) -> list[float]:
+        """Uniform in [0, 1), one a sample, on the host: for what is decided there."""
+        return [torch.rand((), generator=self._generator(key, name), device="cpu").item() for key in self.keys]
+
     def uniform(self, name: str) -> Tensor:
-        """Uniform in [0, 1), (B,)."""
+        """The same on the device, (B,)."""
         if self.device.type == "meta":
             return torch.empty(len(self.keys), device="meta")
-        rows = [torch.rand((), generator=self._generator(key, name), device="cpu") for key in self.keys]
-        return torch.stack(rows).to(self.device, non_blocking=True)
+        return torch.tensor(self.chances(name), dtype=torch.float32).to(self.device, non_blocking=True)
 
     def quantiles(self) -> Tensor:
         """The middle of the sample's stratum, (place + 1/2) / total, (B,): no randomness, evenly spread over the whole

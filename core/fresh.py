@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 from core.deferred import Region, Tape
+from core.distributed import put
 from core.errors import UserError, did_you_mean
 from core.hashing import hash_of
 
@@ -106,13 +107,7 @@ class Fresh:
             raise UserError(f"{name} is {tuple(old.shape)}, but was {tuple(value.shape)} when it was recorded")
         if old.is_meta and not isinstance(old, DTensor):
             return _like(value.to(device, old.dtype), old)
-        new = _blank(old, device)
-        if isinstance(new, DTensor):
-            part = distribute_tensor(value, new.device_mesh, new.placements, src_data_rank=None)
-            new.to_local().copy_(part.to_local())
-        else:
-            new.copy_(value)
-        return new
+        return put(_blank(old, device), value)
 
 
 def _slots(module: nn.Module, prefix: str) -> Iterator[tuple[dict[str, Any], str, str, Tensor]]:

@@ -30,6 +30,14 @@ def sheet(clips: np.ndarray, columns: int = 8, gap: int = 2) -> Image.Image:
     return Image.fromarray(page)
 
 
+def four_frames(clips: np.ndarray) -> Image.Image:
+    """Four frames in a square: of one clip, or two of each of two. `clips` (1 or 2, T, H, W, 3) uint8."""
+    t = clips.shape[1]
+    chosen = np.linspace(0, t - 1, 4 // len(clips)).round().astype(int)
+    frames = clips[:, chosen].reshape(4, 1, *clips.shape[2:])  # (4, 1, H, W, 3)
+    return Image.fromarray(enlarged(tiled(frames))[0])
+
+
 def tiled(clips: np.ndarray, gap: int = 2) -> np.ndarray:
     """All clips side by side in one, (T, H', W', 3), as square as possible, white between them."""
     n, t, h, w, _ = clips.shape

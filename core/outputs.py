@@ -7,17 +7,19 @@ import shutil
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from core.checkpoint import newest
 from core.errors import UserError
-from core.files import read_json, write_atomic
+from core.files import write_atomic
 from core.preflight import writable
 from core.recipe_file import dump, read
 from core.slots import Launch, Recipe
 from core.slots.slot import flatten
 
-OURS = ("recipe.json", "run.json", "run.log", "metrics.jsonl", "checkpoints", "samples", "export", "profile.json")
+OURS = (
+    *("recipe.json", "run.json", "run.log", "journal.jsonl", "synced.json", "provenance", "traceback.txt"),
+    *("checkpoints", "samples", "export", "profile.json", "run.json.partial", "synced.json.partial"),
+)
 """What a run writes; `--overwrite` removes these and nothing else."""
 FREE = (
     "loop.max_steps",
@@ -188,18 +190,3 @@ def _free(path: str, allow: tuple[str, ...]) -> bool:
 
 def _within(path: str, slot: str) -> bool:
     return path == slot or path.startswith(f"{slot}.")
-
-
-def run_facts(folder: Path) -> dict[str, Any]:
-    """MLflow run id, store and run name of the run in `folder`; empty when it was killed before it had them, or when
-    the file is damaged.
-    """
-    try:
-        facts = read_json(folder / "run.json", 2**20)
-    except (OSError, ValueError):
-        return {}
-    return facts if isinstance(facts, dict) and all(_is_fact(value) for value in facts.values()) else {}
-
-
-def _is_fact(value: Any) -> bool:
-    return isinstance(value, str) and value.isprintable()

@@ -102,7 +102,7 @@ def activation_bytes(recipe: Recipe, system: System) -> int:
 
     places = list(range(micro))
     video = torch.empty(micro, 3, *recipe.data.clip_shape(), device="meta")
-    batch = {"pixel_values": video, "id": [""] * micro, "place": places}
+    batch = {"pixel_values": video, "caption": [""] * micro, "id": [""] * micro, "place": places}
     draw = Draw.training(0, 0, places, recipe.loop.global_batch, "meta")
     with (
         torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
@@ -126,10 +126,10 @@ def _batch(recipe: Recipe) -> str:
 def render(recipe: Recipe, planned: Plan) -> str:
     """The plan as plain text."""
     lines = [f"{recipe.name}: {planned.steps}, {planned.batch}", ""]
-    lines += [f"{'module':<12}{'class':<22}{'parameters':>16}{'tensors':>9}  "]
+    lines += [f"{'module':<14}{'class':<22}{'parameters':>16}{'tensors':>9}  "]
     for row in planned.modules:
         lines.append(
-            f"{row.name:<12}{row.kind:<22}{row.parameters:>16,}{row.tensors:>9}  "
+            f"{row.name:<14}{row.kind:<22}{row.parameters:>16,}{row.tensors:>9}  "
             f"{'trained' if row.trained else 'frozen'}"
         )
     lines += ["", f"{'memory of one rank':<34}{'GiB':>16}"]

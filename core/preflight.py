@@ -6,14 +6,31 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import ClassVar, Protocol
 
 from core.errors import Screen, UserError
-from core.slots import Autoencoder, Data, Recipe, Slot
+from core.provenance import refuse_secrets
+from core.slots import Autoencoder, Data, Recipe, Sampler, Slot
 from core.slots.slot import field_types
+
+
+class Frozen(Protocol):
+    """What the slots of frozen parts have in common."""
+
+    component: ClassVar[str]
+
+    @property
+    def weights(self) -> str | None: ...
+    @property
+    def source(self) -> str: ...
+    @property
+    def fetch(self) -> str: ...
 
 
 def preflight(recipe: Recipe) -> None:
     """Raise a Screen that names every missing field, its published source and the command that goes on."""
+    refuse_secrets(recipe)
+    _refuse_words_for_the_deaf(recipe)
     missing = [*_missing_weights(recipe), *_missing_data(recipe)]
     if missing:
         twin = f"{recipe.name}-tiny" if not recipe.name.endswith("-tiny") else recipe.name
@@ -23,6 +40,21 @@ def preflight(recipe: Recipe) -> None:
             + f"\nWithout them: `python -m registry run {twin}` trains the tiny twin, "
             f"`python -m registry run {recipe.name} --dry-run` shows the plan."
         )
+
+
+def _refuse_words_for_the_deaf(recipe: Recipe) -> None:
+    """Prompts and guidance of a recipe that is told no text would be ignored."""
+    if recipe.told:
+        return
+    validation, plain = recipe.validation, Sampler()
+    said = {
+        "prompts": validation.prompts != (),
+        "metric": validation.metric is not None,
+        "sampler.guidance_scale": validation.sampler.guidance_scale != plain.guidance_scale,
+        "sampler.negative_prompt": validation.sampler.negative_prompt != plain.negative_prompt,
+    }
+    for field in (field for field, given in said.items() if given):
+        raise UserError(f"validation.{field}: {recipe.name} is told no text; leave it out, or take a recipe that is")
 
 
 def _missing_weights(recipe: Recipe) -> list[str]:
@@ -35,19 +67,23 @@ def _missing_weights(recipe: Recipe) -> list[str]:
     ]
 
 
-def _entry(what: str, slot: Autoencoder | Data, flag: str) -> str:
+def _entry(what: str, slot: Frozen | Data, flag: str) -> str:
     lines = [what, f"     published: {slot.source or 'not known; see the docstring of the recipe'}"]
     if slot.fetch:
         lines.append(f"     get it:    {slot.fetch}")
     return "\n".join([*lines, f"     then:      {flag} <what you got>"])
 
 
-def frozen_parts(recipe: Recipe) -> list[tuple[str, Autoencoder]]:
-    """The frozen slots of a recipe with their dotted paths: an autoencoder beside something else that is trained."""
+def frozen_parts(recipe: Recipe) -> list[tuple[str, Frozen]]:
+    """The frozen slots of a recipe with their dotted paths: an autoencoder beside something else that is trained, and
+    conditions with a network of their own.
+    """
     system = recipe.system
     fields = {name: getattr(system, name) for name in field_types(type(system))}
     trains_it = [name for name, value in fields.items() if isinstance(value, Slot)] == ["autoencoder"]
-    return [(f"system.{n}", v) for n, v in fields.items() if isinstance(v, Autoencoder) and not trains_it]
+    found = [(f"system.{n}", v) for n, v in fields.items() if isinstance(v, Autoencoder) and not trains_it]
+    conditions = enumerate(fields.get("conditions", ()))
+    return [*found, *((f"system.conditions.{i}", c) for i, c in conditions if c.component)]
 
 
 def _missing_data(recipe: Recipe) -> list[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import printable
+from core.redact import redact
 
 
 class Progress:
@@ -39,7 +40,7 @@ class Progress:
         """A line for the person and the log."""
         if not self.active:
             return
-        text = printable(text)
+        text = printable(redact(text))
         if self._bar is not None:
             self._bar.console.print(text, highlight=False, markup=False)
         else:
@@ -49,7 +50,7 @@ class Progress:
     def note(self, text: str) -> None:
         """A line for the log alone."""
         if self._file is not None:
-            self._file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}\n")
+            self._file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {redact(text)}\n")
 
     def step(self, step: int) -> None:
         """An update is done."""

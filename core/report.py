@@ -8,18 +8,25 @@ import traceback
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
+from core import manifest
 from core.build import Built
 from core.distributed import Ranks, full
-from core.media import enlarged, sheet, tiled, to_uint8, write_gif, write_mp4
-from core.outputs import run_facts
+from core.journal import said
+from core.media import enlarged, four_frames, sheet, tiled, to_uint8, write_gif, write_mp4
+from core.mlflow_page import CELLS
 from core.progress import Progress
+from core.recipe_file import recipe_hash
+from core.redact import redact
 from core.slots import Launch, Recipe
 from core.stopping import Stop
-from core.tracking import Tracker, open_run
-from core.validate import evaluate, frechet, generate, reconstructions
+from core.tracker import Tracker, open_run
+from core.validate import evaluate, frechet, generate, metric, prompts_of, reconstructions
 
 
 class Report:
@@ -28,7 +35,7 @@ class Report:
     def __init__(
         self, recipe: Recipe, built: Built, here: Ranks, tracker: Tracker | None, run_id: str, stop: Stop
     ) -> None:
-        self.recipe, self.here, self.tracker, self.run_id = recipe, here, tracker, run_id
+        self.recipe, self.here, self.tracker, self._run_id = recipe, here, tracker, run_id
         self.folder, self.notes = built.start.folder, built.start.notes
         self.bar = Progress(None, 0, 0)
         self.now = 0
@@ -40,21 +47,29 @@ class Report:
 
     @classmethod
     def open(cls, recipe: Recipe, launch: Launch, built: Built, here: Ranks, argv: Sequence[str], stop: Stop) -> Report:
-        """Open the MLflow run (rank 0), with all that is known before the first update."""
+        """Open the run (rank 0), with all that is known before the first update."""
         tracker = None
         if here.first:
-            data = {"training": built.dataset.describe(), "validation": built.held_out.describe()}
-            facts = run_facts(built.start.folder) if built.start.goes_on else {}
             tracker = open_run(
                 recipe,
-                store=facts.get("store") or launch.store,
+                store=launch.store,
                 run_name=built.start.run_name,
                 output_dir=built.start.folder,
                 argv=argv,
-                data=data,
-                resume=facts.get("run_id"),
+                data={"training": built.dataset.describe(), "validation": built.held_out.describe()},
+                device=_described(here),
             )
-        return cls(recipe, built, here, tracker, here.agree(tracker.run_id if tracker else ""), stop)
+        try:
+            return cls(recipe, built, here, tracker, here.agree(tracker.run_id if tracker else ""), stop)
+        except BaseException:  # another rank is gone
+            if tracker is not None:
+                tracker.close("FAILED")
+            raise
+
+    @property
+    def run_id(self) -> str:
+        """The MLflow id; empty as long as the store has not answered."""
+        return self.tracker.run_id if self.tracker else self._run_id
 
     def begin(self, step: int, total: int) -> None:
         """The first lines: what runs, where, from which step."""
@@ -62,6 +77,8 @@ class Report:
         self.bar = Progress(self.folder / "run.log" if self.here.first else None, total, step)
         for note in self.notes:
             self.bar.line(note)
+        if self.tracker is not None:
+            self.tracker.say = self.bar.line
         trained = "resumed at" if step else "from"
         self.bar.line(
             f"{self.recipe.name}: {trained} step {step} of {total}, {self.here.world} x {self.here.device.type}, "
@@ -109,18 +126,31 @@ class Report:
         count = max(slot.num_samples, slot.metric_clips if final else 0)
         system.mode(training=False)
         with self._averaged(built):
-            made = generate(system, self.recipe, slot.sampler, count, self.here, asked=self._asked) if count else None
+            prompts = prompts_of(self.recipe, built.held_out, count, self.here)
+            made = (
+                generate(system, self.recipe, slot.sampler, count, self.here, asked=self._asked, prompts=prompts)
+                if count
+                else None
+            )
             rebuilt = reconstructions(system, built.held_out, self.recipe, self.here)
         system.mode(training=True)
         for name, clips in (("samples", made), ("reconstructions", rebuilt)):
             if clips is not None and self.here.first:
                 self._show(name, clips if name == "reconstructions" else clips[: slot.num_samples])
+        if made is not None and any(prompts) and self.here.first:
+            self._say(prompts[: slot.num_samples])
         if made is None or not final or not slot.metric_clips:
             return {}
-        values = self.here.agree(frechet(made, built.dataset, built.held_out, self.recipe) if self.here.first else None)
+        values = self.here.agree(self._measured(made, prompts, built) if self.here.first else None)
         self.metrics(values)
         self.bar.line("  ".join(f"{k.removeprefix('val/')} {v:.3f}" for k, v in values.items()))
         return dict(values)
+
+    def _measured(self, made: Tensor, prompts: Sequence[str], built: Built) -> dict[str, float]:
+        """What generated clips are worth, each number beside its trivial baselines."""
+        return frechet(made, built.dataset, built.held_out, self.recipe) | metric(
+            made, prompts, built.held_out, self.recipe
+        )
 
     def _show(self, name: str, clips: Tensor) -> None:
         folder = self.folder / "samples" / f"step-{self.now:08d}"
@@ -132,8 +162,34 @@ class Report:
         write_mp4(folder / f"{name}.mp4", moving, self.recipe.validation.fps)
         write_gif(folder / f"{name}.gif", moving, self.recipe.validation.fps)
         if self.tracker is not None:
-            self.tracker.picture(page, name, self.now)
+            self._series(name, frames, folder)
             self.tracker.artifact(folder / f"{name}.mp4", f"samples/step-{self.now:08d}")
+
+    def _say(self, prompts: Sequence[str]) -> None:
+        """The prompts beside their samples, one a line."""
+        path = self.folder / "samples" / f"step-{self.now:08d}" / "samples.txt"
+        path.write_text("".join(f"{' '.join(prompt.split())}\n" for prompt in prompts), encoding="utf-8")
+        if self.tracker is not None:
+            self.tracker.artifact(path, f"samples/{path.parent.name}")
+
+    def _series(self, name: str, frames: np.ndarray, folder: Path) -> None:
+        """Four frames of each clip (of a reconstruction: two, below two of the original) as a series of its own: in
+        MLflow's grid of pictures two runs stand side by side, noise by noise.
+        """
+        assert self.tracker is not None
+        rows = 2 if name == "reconstructions" else 1
+        for cell in range(min(len(frames) // rows, CELLS)):
+            path = folder / "cells" / f"{name}-{cell}.png"
+            path.parent.mkdir(exist_ok=True)
+            four_frames(frames[rows * cell : rows * (cell + 1)]).save(path)
+            self.tracker.picture(path, f"{name}/{cell}", self.now)
+
+    def _dataset(self, metric: str) -> tuple[str, str]:
+        """Name and digest of the dataset that a metric is of."""
+        assert self.tracker is not None
+        context = "validation" if metric.startswith("val/") else "training"
+        sets = {each["context"]: each for each in self.tracker.journal.last["data"]["sets"]}
+        return sets[context]["name"], sets[context]["digest"]
 
     def export(self, built: Built) -> Path:
         """The trained networks as diffusers folders, averaged where there is an average; a collective. Rank 0 alone
@@ -151,16 +207,53 @@ class Report:
                 system.export(folder, weights)
         return folder
 
-    def saved(self, path: Path, step: int) -> None:
-        """A checkpoint is whole on the disk."""
+    def newest(self) -> dict[str, Any]:
+        """The newest point of every metric, as of now."""
+        return dict(self.tracker.journal.latest) if self.tracker else {}
+
+    def saved(self, path: Path, step: int, newest: dict[str, Any]) -> None:
+        """A checkpoint is whole on the disk: it becomes a LoggedModel with the metrics that were the newest when it was
+        handed over. The thread that wrote it calls this.
+        """
         self.bar.note(f"saved {path}")
+        if self.tracker is None:
+            return
+        self.tracker.append(
+            "checkpoint",
+            path=str(path.relative_to(self.folder)),
+            step=step,
+            name=f"{path.name}-{self.recipe.name}".replace(".", "-"),  # the page cuts names at the end
+            output_dir=str(self.folder.absolute()),
+            recipe_hash=recipe_hash(self.recipe),
+            files=manifest.read(path),
+            metrics=[
+                {"name": k, "value": said(p.value), "step": p.step, "time": p.time, "dataset": self._dataset(k)}
+                for k, p in newest.items()
+                if not k.startswith("system/")
+            ],
+        )
 
     def close(self, status: str, error: BaseException | None = None) -> None:
         """End the run as FINISHED, FAILED (with the traceback as an artifact) or KILLED."""
         if error is not None and self.here.first:
-            self.bar.note("".join(traceback.format_exception(error)))
+            self._failed(error)
         self.bar.note(f"{status.lower()} at step {self.now}")
         self.bar.close()
         if self.tracker is not None:
             self.tracker.artifact(self.folder / "run.log")
             self.tracker.close(status)
+
+    def _failed(self, error: BaseException) -> None:
+        text = redact("".join(traceback.format_exception(error)))
+        self.bar.note(text)
+        if self.tracker is not None and not isinstance(error, KeyboardInterrupt):
+            path = self.folder / "traceback.txt"
+            path.write_text(text)
+            self.tracker.artifact(path)
+            self.tracker.tags({"error": "".join(traceback.format_exception_only(error)).strip()})
+
+
+def _described(here: Ranks) -> str:
+    """`2 x cpu`, `8 x cuda (NVIDIA H200)`."""
+    name = f" ({torch.cuda.get_device_name(here.device)})" if here.device.type == "cuda" else ""
+    return f"{here.world} x {here.device.type}{name}"

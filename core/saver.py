@@ -24,6 +24,8 @@ from core.checkpoint import FORMAT, checkpoints, quiet, reason
 from core.distributed import Ranks
 from core.files import sync_folder
 
+Saved = Callable[[Path, int, Any], None]
+"""Told of a checkpoint: its folder, its step, what was said about it."""
 MARGIN = 1.05
 """Free space that a checkpoint needs, as a multiple of its tensors' bytes."""
 
@@ -37,6 +39,7 @@ class _Job:
     state: dict[str, Tensor]
     numbers: dict[str, Any]
     recipe: str
+    about: Any
 
 
 class Saver:
@@ -44,19 +47,21 @@ class Saver:
     collective. `saved` is told of each that is in place, on rank 0, in the thread.
     """
 
-    def __init__(self, folder: Path, ranks: Ranks, keep: int | None, saved: Callable[[Path, int], None]) -> None:
+    def __init__(self, folder: Path, ranks: Ranks, keep: int | None, saved: Saved) -> None:
         self.folder, self.ranks, self.keep, self.saved = folder, ranks, keep, saved
         cuda = ranks.device.type == "cuda"
         self._stager = DefaultStager(StagingOptions(cuda, False, False, cuda))
         self._thread: threading.Thread | None = None
         self._failure: str | None = None
 
-    def save(self, state: dict[str, Tensor], numbers: dict[str, Any], recipe: str) -> None:
-        """Copy `state` off the device, and let the thread write it, once the one before is done."""
+    def save(self, state: dict[str, Tensor], numbers: dict[str, Any], recipe: str, about: Any = None) -> None:
+        """Copy `state` off the device, and let the thread write it, once the one before is done. `about` is handed to
+        `saved`.
+        """
         self.join()
         name = f"step-{numbers['step']:08d}"
         copy = self._stager.stage(state)
-        job = _Job(self.folder / name, self.folder / f".partial-{name}", copy, numbers, recipe)  # type: ignore[arg-type]
+        job = _Job(self.folder / name, self.folder / f".partial-{name}", copy, numbers, recipe, about)  # type: ignore[arg-type]
         self._failure = None
         self._thread = threading.Thread(target=self._work, args=(job,), name="checkpoint", daemon=True)
         self._thread.start()
@@ -88,7 +93,7 @@ class Saver:
                 self._failure = f"checkpoint {job.target} could not be written: {'; '.join(failures)}"
                 return
         if self.ranks.first:
-            self.saved(job.target, job.numbers["step"])
+            self.saved(job.target, job.numbers["step"], job.about)
 
     def _make_room(self, job: _Job, found: Sequence[Any]) -> None:
         """Rank 0 clears what a kill left, and makes sure that the new checkpoint fits beside the old ones."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -31,14 +32,14 @@ class State:
     """The step of the newest checkpoint that was handed over."""
 
 
-def save(saver: Saver, recipe: Recipe, built: Built, here: Ranks, state: State) -> None:
-    """Hand everything that goes on to the saver; a collective."""
+def save(saver: Saver, recipe: Recipe, built: Built, here: Ranks, state: State, about: Any) -> None:
+    """Hand everything that goes on to the saver, and what is to be said of it; a collective."""
     numbers = {
         "step": state.step,
         "epoch": state.position.epoch,
         "drawn": state.position.drawn,
         "nonfinite": [state.nonfinite, state.nonfinite_in_a_row],
-        "samples": [state.skipped.read, state.skipped.skipped],
+        "samples": [round(n) for n in here.sum(torch.tensor([state.skipped.read, state.skipped.skipped])).tolist()],
         "scaler": [built.scaler.scale, built.scaler.good_steps],
         "ema_count": built.ema.count if built.ema else None,
         "optimizer_steps": checkpoint.optimizer_steps(built.system.trained, built.optimizer),
@@ -46,7 +47,7 @@ def save(saver: Saver, recipe: Recipe, built: Built, here: Ranks, state: State) 
         "world": here.world,
         "window": vars(state.window) | {"sums": dict(state.window.sums)},
     }
-    saver.save(checkpoint.tensors(built.system.trained, built.optimizer, built.ema), numbers, dump(recipe))
+    saver.save(checkpoint.tensors(built.system.trained, built.optimizer, built.ema), numbers, dump(recipe), about)
     state.saved_at = state.step
 
 
@@ -66,7 +67,7 @@ def restore(recipe: Recipe, built: Built, here: Ranks) -> State:
         torch.set_num_threads(numbers["threads"])
     nonfinite, in_a_row = numbers["nonfinite"]
     return State(
-        skipped=Skipped(share, *numbers["samples"]),
+        skipped=Skipped(share, *(numbers["samples"] if here.first else ())),  # counts of all ranks together
         step=numbers["step"],
         position=Position(numbers["epoch"], numbers["drawn"]),
         nonfinite=nonfinite,

@@ -66,6 +66,8 @@ class Stop:
 
     def __init__(self, grace: float) -> None:
         self.signal, self.grace = 0, grace
+        self.polite = False
+        """Whether there is something to finish; before that, in start-up, a signal ends the process at once."""
         self.last_words: Callable[[], None] = lambda: None
         """Called before leaving at once, in the watching thread; it must be quick."""
         self._reader, self._writer = os.pipe2(os.O_NONBLOCK)
@@ -100,9 +102,11 @@ class Stop:
                     self._leave("a second Ctrl-C")
                 if number in STOPS and not self.signal:
                     self.signal, first, deadline = number, now, now + self.grace
+                    if not self.polite:
+                        self._leave("stopped before the run began")
 
     def _leave(self, why: str) -> None:
-        print(f"{why}: leaving at once; the newest whole checkpoint stays", file=sys.stderr, flush=True)
+        print(f"{why}: leaving at once; whole checkpoints stay", file=sys.stderr, flush=True)
         self.last_words()
         os._exit(128 + self.signal)
 

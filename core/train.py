@@ -55,6 +55,7 @@ def train(recipe: Recipe, launch: Launch = Launch(), argv: Sequence[str] = ()) -
     preflight(recipe)
     with asked_to_stop(launch.grace) as stop, ranks(recipe.parallel, launch.device, launch.timeout) as here:
         built = build(recipe, launch, here)
+        stop.polite = True
         report = Report.open(recipe, launch, built, here, argv, stop)
         try:
             result = _run(recipe, built, here, report, stop)
@@ -75,7 +76,7 @@ def _run(recipe: Recipe, built: Built, here: Ranks, report: Report, stop: Stop) 
         cleanup.callback(saver.join, patience=60.0)  # whatever happens, what was handed over gets to the disk
         wishes = _updates(recipe, built, here, report, stop, state, saver)
         if state.saved_at != state.step:
-            save(saver, recipe, built, here, state)
+            save(saver, recipe, built, here, state, report.newest())
         saver.join()
         if failure := saver.failure():
             raise UserError(failure)
@@ -127,7 +128,7 @@ def _updates(
             except Leave:
                 return stop.agreed(here)
             if wishes.save or _due(state.step, recipe.checkpoint.every):
-                save(saver, recipe, built, here, state)
+                save(saver, recipe, built, here, state, report.newest())
     return NOTHING
 
 

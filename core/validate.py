@@ -78,9 +78,10 @@ def generate(
     ranks: Ranks,
     seed: int = SEED,
     asked: Callable[[], bool] = lambda: False,
+    prompts: Sequence[str] = ("",),
 ) -> Tensor | None:
-    """`count` clips (count, 3, T, H, W) on the CPU, the same whatever the ranks; None where the system generates
-    nothing. Raises Leave before a batch when `asked()`.
+    """`count` clips (count, 3, T, H, W) on the CPU, of `prompts` in turn, the same whatever the ranks; None where the
+    system generates nothing. Raises Leave before a batch when `asked()`.
     """
     keys = [Key(seed, 0, i, i) for i in range(count)]
     clips: list[Tensor] = []
@@ -90,11 +91,29 @@ def generate(
             f"sample {seed}", [key.item for key in part], [max(k.place, 0) for k in part], count, ranks.device
         )
         with autocast(recipe.loop.precision, ranks.device):
-            made = system.sample([""] * len(part), recipe.data.clip_shape(), sampler, draw)
+            texts = [prompts[key.item % len(prompts)] for key in part]
+            made = system.sample(texts, recipe.data.clip_shape(), sampler, draw)
         if made is None:
             return None
         clips += [rank_clips.cpu() for rank_clips in ranks.gather(made)]
     return torch.cat(clips)[:count]
+
+
+def prompts_of(recipe: Recipe, dataset: Any, count: int, ranks: Ranks) -> list[str]:
+    """Texts for `count` clips, the same on every rank: the recipe's prompts in turn, or the captions of the first
+    held-out clips; empty where the system is told no text.
+    """
+    texts = list(recipe.validation.prompts)
+    if not texts and recipe.told and count:
+        texts = list(ranks.agree(captions(dataset, count) if ranks.first else []))
+    texts = texts or [""]
+    return [texts[i % len(texts)] for i in range(count)]
+
+
+def captions(dataset: Any, count: int) -> list[str]:
+    """Captions of the first `count` samples of a dataset's fixed order."""
+    parts = [[key] for key in fixed_keys(dataset, count)]
+    return [text for batch in batches(dataset, parts, workers=0, pin=False) for text in batch["caption"]]
 
 
 def real_clips(dataset: Any, count: int, workers: int = 0) -> Tensor:
@@ -124,3 +143,13 @@ def frechet(generated: Tensor, training: Any, held_out: Any, recipe: Recipe) -> 
     real = real_clips(held_out, count, workers)
     report = frechet_report(generated, real, real_clips(training, count, workers))
     return {f"val/{name}": value for name, value in report.items()} | {"val/frechet_clips": float(len(real))}
+
+
+def metric(generated: Tensor, prompts: Sequence[str], held_out: Any, recipe: Recipe) -> dict[str, float]:
+    """The scores of the recipe's own metric for clips generated from `prompts`, by `val/<name>`; none without one."""
+    slot = recipe.validation.metric
+    if slot is None:
+        return {}
+    real = real_clips(held_out, len(generated), recipe.loop.num_workers)
+    found = slot.build()(generated, prompts, real, captions(held_out, len(real)))
+    return {f"val/{name}": value for name, value in found.items()}

@@ -89,7 +89,7 @@ class FrameClips(Samples):
         if self.slot.spatial_transform == "random_crop" and min(frames.shape[-2:]) < self.slot.resolution:
             raise BadSample(clip.name, f"has frames of {list(frames.shape[-2:])}, smaller than the crop")
         frames = _spatial(frames, self.slot.spatial_transform, self.slot.resolution, rng)  # (T, 3, s, s) uint8
-        return {"pixel_values": _to_unit_range(frames)} | self._label(clip)
+        return {"pixel_values": to_unit_range(frames)} | self._label(clip)
 
     def describe(self) -> dict[str, str | int]:
         """The base's figures, and how many clips of how many classes the samples are cut from."""
@@ -213,7 +213,7 @@ def _root_of(slot: "FrameFolders") -> Path:
         return sky_root().resolve()
     if not slot.root.is_dir():
         what = "is a file" if slot.root.exists() else "does not exist"
-        near = did_you_mean(slot.root.name, _entries(slot.root.parent))
+        near = did_you_mean(slot.root.name, entries(slot.root.parent))
         raise UserError(f"the data folder {slot.root} {what}{near}. Expected {EXPECTED[slot.layout]}.")
     return slot.root.resolve()
 
@@ -336,7 +336,7 @@ def _crop(frames: torch.Tensor, top: int, left: int, size: int) -> torch.Tensor:
     return frames[..., top : top + size, left : left + size]
 
 
-def _to_unit_range(frames: torch.Tensor) -> torch.Tensor:
+def to_unit_range(frames: torch.Tensor) -> torch.Tensor:
     """uint8 (T, 3, h, w) -> float32 (3, T, h, w) in [-1, 1]; 0 and 255 are exactly -1 and 1."""
     clip = frames.permute(1, 0, 2, 3).to(torch.float32, memory_format=torch.contiguous_format)
     return clip.div_(127.5).sub_(1.0)
@@ -345,7 +345,7 @@ def _to_unit_range(frames: torch.Tensor) -> torch.Tensor:
 # ---- explanations ---------------------------------------------------------------------------------------------------
 
 
-def _entries(folder: Path, limit: int = 200) -> list[str]:
+def entries(folder: Path, limit: int = 200) -> list[str]:
     """The first names in a folder; none if it cannot be listed."""
     if not folder.is_dir():
         return []
@@ -353,24 +353,24 @@ def _entries(folder: Path, limit: int = 200) -> list[str]:
         return sorted(entry.name for entry in islice(entries, limit))
 
 
-def _listing(folder: Path) -> str:
-    names = _entries(folder)
+def listing(folder: Path) -> str:
+    names = entries(folder)
     return ", ".join(names[:5]) + (", …" if len(names) > 5 else "") if names else "nothing"
 
 
 def _explain_split(slot: "FrameFolders", root: Path, name: str) -> str:
     """The split is missing: is the root a level off, or is the name misspelt?"""
-    if near := did_you_mean(name, _entries(root)):
+    if near := did_you_mean(name, entries(root)):
         hint = near
     elif (root.parent / name).is_dir():
         hint = f" It looks one level too deep: {root.parent} has the splits."
-    elif inner := next((sub for sub in _entries(root) if (root / sub / name).is_dir()), None):
+    elif inner := next((sub for sub in entries(root) if (root / sub / name).is_dir()), None):
         hint = f" It looks one level too shallow: {root / inner} has a folder {name!r}."
     elif _image_depth(root)[0] == DEPTH[slot.layout]:
         hint = ' It has videos, but no splits: use an empty split (split="").'
     else:
         hint = ""
-    return f"no folder {name!r} in {root}.{hint} Expected {EXPECTED[slot.layout]}; found {_listing(root)}."
+    return f"no folder {name!r} in {root}.{hint} Expected {EXPECTED[slot.layout]}; found {listing(root)}."
 
 
 def _explain_layout(slot: "FrameFolders", root: Path, dropped: Counter[str]) -> str:
@@ -381,7 +381,7 @@ def _explain_layout(slot: "FrameFolders", root: Path, dropped: Counter[str]) -> 
     if depth is None and any(name.lower().endswith(VIDEOS) for name in _files_below(top)):
         hint = "It holds video files, and this layout is of images: use a dataset of videos."
     links = f" ({dropped[LINKS_OUT]} {LINKS_OUT} were ignored.)" if dropped[LINKS_OUT] else ""
-    expected = f"Expected {EXPECTED[slot.layout]}; found {_listing(top)}."
+    expected = f"Expected {EXPECTED[slot.layout]}; found {listing(top)}."
     return f"{top} has no clips in the layout {slot.layout}. {expected} {hint}{links}"
 
 

@@ -4,7 +4,7 @@ Neither the number of workers, nor the ranks, nor the place of the root folder c
 was killed goes on with the very samples it would have seen.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -19,6 +19,7 @@ Sample = dict[str, Any]
 Key = tuple[int, int, int, int]  # seed, epoch, index in the dataset, place in the global batch
 
 REPLACEMENTS = 8
+CHUNK = 1 << 20
 
 
 class BadSample(Exception):
@@ -35,12 +36,13 @@ class BadSample(Exception):
 class Samples(Dataset[Sample]):
     """Base of the map-style datasets. A subclass fills the constructor and implements `read`.
 
-    `ids`: unique names, which do not depend on where the root folder is. `dropped`: reason -> how many were left out
-    while scanning. `fingerprint`: hash of what the data are, independent of the root's path and of the scan's order.
+    `ids`: unique names, which do not depend on where the root folder is; a list, or a view of a table that is too long
+    for one. `dropped`: reason -> how many were left out while scanning. `fingerprint`: hash of what the data are,
+    independent of the root's path and of the scan's order.
     Workers receive a pickled copy: keep paths and numbers in it, and open files in `read`.
     """
 
-    def __init__(self, ids: list[str], *, fingerprint: str, dropped: dict[str, int] | None = None):
+    def __init__(self, ids: Sequence[str], *, fingerprint: str, dropped: dict[str, int] | None = None):
         self.ids = ids
         self.fingerprint = fingerprint
         self.dropped = dropped or {}
@@ -86,13 +88,18 @@ class Samples(Dataset[Sample]):
         raise UserError(_all_bad(bad))
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
-        """The epoch's order: int64 indices, sorted by `hash_of(seed, epoch, id)`.
+        """The epoch's order: indices (int64; int32 where there are millions), sorted by `hash_of(seed, epoch, id)`.
 
         Two datasets that share samples visit them in the same relative order.
         """
+        salt, hashes = np.uint64(hash_of(seed, epoch)), self.id_hashes()
+        return sorted_places(hashes, lambda part: mix64_array(part ^ salt))
+
+    def id_hashes(self) -> np.ndarray:
+        """`hash_text` of every id, uint64, kept after the first call."""
         if self._id_hashes is None:
             self._id_hashes = np.fromiter(map(hash_text, self.ids), np.uint64, len(self.ids))
-        return np.argsort(mix64_array(self._id_hashes ^ np.uint64(hash_of(seed, epoch))), kind="stable")
+        return self._id_hashes
 
     def __getstate__(self) -> dict[str, Any]:
         """Workers never sort: the hashes stay behind."""
@@ -103,6 +110,24 @@ class Samples(Dataset[Sample]):
         yield index
         for attempt in range(1, REPLACEMENTS + 1):
             yield self.stand_in(index, hash_of(seed, epoch, self.ids[index], attempt))
+
+
+def sorted_places(values: np.ndarray, key: Callable[[np.ndarray], np.ndarray] = np.asarray) -> np.ndarray:
+    """`np.argsort(key(values), kind="stable")` for a `key` of uint64 elements. Millions are sorted bucket by bucket, so
+    that neither their keys nor a sort's workspace ever stand in memory as a whole.
+    """
+    count = len(values)
+    if count <= CHUNK:
+        return np.argsort(key(values), kind="stable")
+    places, buckets = np.empty(count, np.int32 if count < 1 << 31 else np.int64), np.empty(count, np.uint8)
+    for start in range(0, count, CHUNK):
+        buckets[start : start + CHUNK] = key(values[start : start + CHUNK]) >> np.uint64(56)
+    filled = 0
+    for bucket in range(256):
+        members = np.flatnonzero(buckets == bucket)
+        places[filled : filled + len(members)] = members[np.argsort(key(values[members]), kind="stable")]
+        filled += len(members)
+    return places
 
 
 def collate(samples: Sequence[Sample]) -> Sample:

@@ -57,3 +57,71 @@ class FrameFolders(Data):
 
     def needs(self) -> Path | None:
         return self.root
+
+
+class CaptionedVideos(Data):
+    """Captioned video files in the manner of WebVid: a table of captions and paths, or a folder of videos."""
+
+    root: Path | None = None
+    """Folder of the videos. None: small synthetic clouds with captions, made on first use."""
+    annotations: Path | None = None
+    """Table of captions and paths; {split} in its name stands for the split. None: <split>.csv or <split>.jsonl in the
+    root, else the only table there, else the root's videos with their sidecars (clip.mp4, clip.txt)."""
+    layout: Literal["auto", "csv", "jsonl", "folder"] = "auto"
+    """What the annotations are. auto: looked up and told."""
+    path: str | None = None
+    """Column of the path below the root, or a template of columns ({page_dir}/{videoid}.mp4). None: contentUrl in csv,
+    afs_path in json-lines."""
+    caption: str = "name"
+    """Column of the caption."""
+    split: str = "train"
+    """The part that is read; all: everything."""
+    held_out_split: str = "test"
+    """The split of validation, unless it has data of its own."""
+    held_out_share: float = 0.05
+    """Where nothing on disk is split: the share of the videos that is held out, by a hash of their paths."""
+    num_frames: int = 16
+    """Frames of a clip, in pixels' time."""
+    frame_stride: int = 1
+    """Take every this many frames, of the file or of fps."""
+    fps: float | None = None
+    """Frames a second before the stride, by time stamp. None: as the file has them."""
+    resolution: int | tuple[int, int] = 256
+    """Height and width of a clip; one number for a square."""
+    spatial_transform: Literal["center_crop_resize", "random_crop_resize", "resize", "random_crop", "none"] = (
+        "center_crop_resize"
+    )
+    """…_crop_resize: as small as covers the resolution, then one crop; resize: squashed; random_crop: not resized."""
+    decoder: Literal["decord", "pyav"] = "decord"
+    """decord: where it finds frames exactly, else PyAV; pyav: always, which also refuses damaged frames."""
+    max_bad_share: float = 0.05
+    """The run stops when more than this share of the samples cannot be read."""
+
+    def check(self) -> None:
+        for name in ("num_frames", "frame_stride"):
+            if getattr(self, name) < 1:
+                self.refuse(name, "must be at least 1")
+        if min(self.clip_shape()) < 1:
+            self.refuse("resolution", "must be at least 1")
+        if self.fps is not None and self.fps <= 0:
+            self.refuse("fps", "must be above 0")
+        for name in ("max_bad_share", "held_out_share"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                self.refuse(name, "must be in [0, 1]")
+        if self.layout == "folder" and self.annotations is not None:
+            self.refuse("annotations", "a plain folder has none: leave it out, or choose another layout")
+
+    def build(self) -> Any:
+        from data.captioned import CaptionedClips
+
+        return CaptionedClips(self)
+
+    def held_out(self) -> Self:
+        return self.but(split=self.held_out_split)
+
+    def clip_shape(self) -> tuple[int, int, int]:
+        sides = self.resolution if isinstance(self.resolution, tuple) else (self.resolution, self.resolution)
+        return self.num_frames, *sides
+
+    def needs(self) -> Path | None:
+        return self.root

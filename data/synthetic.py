@@ -4,9 +4,6 @@ Clouds are periodic noise with amplitude 1/f^a, drifting by a constant sub-pixel
 than the field; the sky behind them is a gradient of dawn, noon or dusk.
 """
 
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from core.hashing import hash_of
+from data.cache import cached
 
 VERSION = 2  # of the pictures: raise it when they change, and the cache makes a new folder
 JPEG_QUALITY = 95
@@ -50,7 +48,7 @@ def render(seed: int, frames: int, size: int) -> np.ndarray:
     """One clip, uint8 (T, size, size, 3): a pure function of its arguments."""
     rng = np.random.default_rng(seed)
     clouds = _draw(rng, _field_size(frames, size))
-    density = np.stack([_shift(clouds.spectrum, clouds.velocity, t)[:size, :size] for t in range(frames)])
+    density = np.stack([shift(clouds.spectrum, clouds.velocity, t)[:size, :size] for t in range(frames)])
     return _colour(density, clouds)
 
 
@@ -62,7 +60,7 @@ def _field_size(frames: int, size: int) -> int:
 def _draw(rng: np.random.Generator, field: int) -> Clouds:
     angle, speed = rng.uniform(0, 2 * np.pi), rng.uniform(*SPEED)
     return Clouds(
-        spectrum=_noise_spectrum(rng, field),
+        spectrum=noise_spectrum(rng, field),
         velocity=(speed * np.sin(angle), speed * np.cos(angle)),
         colours=_hour(rng),
         cover=rng.uniform(-0.9, 0.3),
@@ -70,7 +68,7 @@ def _draw(rng: np.random.Generator, field: int) -> Clouds:
     )
 
 
-def _noise_spectrum(rng: np.random.Generator, field: int) -> np.ndarray:
+def noise_spectrum(rng: np.random.Generator, field: int) -> np.ndarray:
     """White noise times 1/f^a from LARGEST down to SMALLEST pixels, with deviation 1 (the rfft2 of a real field)."""
     f = np.hypot(*_frequencies(field))
     gain = (f**2 + LARGEST**-2) ** (-rng.uniform(*SLOPE) / 2) * np.exp(-((f * SMALLEST) ** 4))
@@ -84,7 +82,7 @@ def _frequencies(field: int) -> tuple[np.ndarray, np.ndarray]:
     return np.fft.fftfreq(field)[:, None], np.fft.rfftfreq(field)[None, :]
 
 
-def _shift(spectrum: np.ndarray, velocity: tuple[float, float], t: int) -> np.ndarray:
+def shift(spectrum: np.ndarray, velocity: tuple[float, float], t: int) -> np.ndarray:
     """The field moved by t * velocity pixels, exactly, by the shift theorem."""
     field = len(spectrum)
     rows, columns = _frequencies(field)
@@ -105,13 +103,13 @@ def _colour(density: np.ndarray, clouds: Clouds) -> np.ndarray:
     zenith, horizon, lit, shaded = clouds.colours
     down = np.linspace(0, 1, density.shape[1])[:, None, None]  # (H, 1, 1)
     sky = zenith + (horizon - zenith) * down**1.3  # (H, 1, 3)
-    alpha = _smoothstep((density - clouds.cover) / clouds.softness)[..., None]
-    thick = _smoothstep((density - clouds.cover) / SHADED_AT)[..., None]
+    alpha = smoothstep((density - clouds.cover) / clouds.softness)[..., None]
+    thick = smoothstep((density - clouds.cover) / SHADED_AT)[..., None]
     cloud = lit + (shaded - lit) * 0.8 * thick
     return np.rint(sky + (cloud - sky) * alpha).astype(np.uint8)
 
 
-def _smoothstep(x: np.ndarray) -> np.ndarray:
+def smoothstep(x: np.ndarray) -> np.ndarray:
     x = np.clip(x, 0, 1)
     return x * x * (3 - 2 * x)
 
@@ -155,38 +153,8 @@ def _write_clip(folder: Path, pictures: np.ndarray) -> None:
 
 
 def sky_root() -> Path:
-    """The default sky's folder, written on first use (about five seconds); several processes may ask at once.
-
-    It lies in `$REGISTRY_CACHE`, else in `video-experiment-registry` of `$XDG_CACHE_HOME` or `~/.cache`. The name holds
-    a hash of the parameters, so another version never reads this one's files.
-    """
-    words = [str(part) for item in sorted(DEFAULT.items()) for part in item]
-    folder = _cache() / f"sky-{hash_of('sky', VERSION, *words):016x}"
-    if not folder.is_dir():
-        _write_once(folder)
-    return folder
-
-
-def _cache() -> Path:
-    if named := os.environ.get("REGISTRY_CACHE"):
-        return Path(named).expanduser()
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "video-experiment-registry"
-
-
-def _write_once(folder: Path) -> None:
-    """Written beside its place and renamed: nobody sees half a set, and who comes second takes the first one's."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    half = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        write_sky(half, **DEFAULT)
-        half.chmod(0o755)
-        half.replace(folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
-    finally:
-        shutil.rmtree(half, ignore_errors=True)
+    """The default sky's folder in the cache, written on first use (about five seconds)."""
+    return cached("sky", VERSION, DEFAULT, lambda folder: write_sky(folder, **DEFAULT))
 
 
 if __name__ == "__main__":

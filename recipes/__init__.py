@@ -1,3 +1,4 @@
 """The recipes, one file a family. Importing this package registers them all."""
 
+from recipes import first_stage as first_stage
 from recipes import lvdm as lvdm

@@ -7,8 +7,9 @@ convolution is padded by repeating the edge, the odd element in front. Parameter
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -254,6 +255,16 @@ class VideoAutoencoder(ModelMixin, ConfigMixin):
     def from_latents(self, latents: Tensor) -> Tensor:
         """z of latents: the inverse of `to_latents`."""
         return latents / self.config.scale_factor - self.config.shift_factor
+
+    @staticmethod
+    def constants_of(config: Mapping[str, Any]) -> tuple[float, float] | None:
+        """Scale and shift in a config; None where it has none."""
+        return (config["scale_factor"], config["shift_factor"]) if "scale_factor" in config else None
+
+    @staticmethod
+    def constants_config(scale: float, shift: float) -> dict[str, float]:
+        """The entries of a config that say latents = scale * (z + shift)."""
+        return {"scale_factor": scale, "shift_factor": shift}
 
     def forward(self, video: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Posterior]:
         """The reconstruction from the posterior's mean, or from its sample if noise is given, and the posterior."""

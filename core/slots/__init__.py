@@ -1,12 +1,13 @@
 """The slot classes of a recipe, by kind. Nothing here imports torch."""
 
-from core.slots.autoencoder import Autoencoder, VideoVAE
+from core.slots.autoencoder import Autoencoder, FrameVAE, VideoVAE
 from core.slots.checkpoint import Checkpoint
-from core.slots.condition import Condition
+from core.slots.condition import CLIPText, Condition
 from core.slots.data import Data
-from core.slots.denoiser import Denoiser, LVDMShortUNet
+from core.slots.denoiser import Denoiser, LVDMShortUNet, LVDMTextUNet
 from core.slots.launch import Launch
 from core.slots.loop import Loop
+from core.slots.metric import ColourAndMotion, Metric
 from core.slots.objective import Objective
 from core.slots.optim import EMA, AdamW, Optim, ParamGroup, Schedule
 from core.slots.parallel import Parallel
@@ -23,14 +24,19 @@ __all__ = [
     "AdamW",
     "Autoencoder",
     "Autoencoding",
+    "CLIPText",
     "Checkpoint",
+    "ColourAndMotion",
     "Condition",
     "Data",
     "Denoiser",
     "Diffusion",
+    "FrameVAE",
     "LVDMShortUNet",
+    "LVDMTextUNet",
     "Launch",
     "Loop",
+    "Metric",
     "Objective",
     "Optim",
     "Parallel",

@@ -74,3 +74,50 @@ class VideoVAE(Autoencoder):
             scale_factor=1.0 if self.scale_factor is None else self.scale_factor,
             shift_factor=0.0 if self.shift_factor is None else self.shift_factor,
         )
+
+
+class FrameVAE(Autoencoder):
+    """diffusers' `AutoencoderKL` on every frame by itself: nothing is shared over time. Defaults: Stable Diffusion 1.x.
+
+    83,653,863 parameters, 8x8 in space, 4 latent channels, arXiv 2112.10752.
+    """
+
+    source: str = (
+        "any Stable Diffusion 1.x autoencoder, e.g. the folder vae of hub stable-diffusion-v1-5/stable-diffusion-v1-5"
+    )
+    fetch: str = "hf download stable-diffusion-v1-5/stable-diffusion-v1-5 --include 'vae/*' --local-dir weights/sd15"
+    scale_factor: float | None = 0.18215
+    """Latents are scale * (z + shift). None: the constants stored with the weights."""
+    shift_factor: float | None = 0.0
+    """See scale_factor."""
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    """Width of each level; space is halved between two."""
+    layers_per_block: int = 2
+    """Residual blocks of a level of the encoder; the decoder has one more."""
+    latent_channels: int = 4
+    """Channels of the latents."""
+    norm_num_groups: int = 32
+    """Groups of every group norm; must divide each width."""
+
+    def check(self) -> None:
+        super().check()
+        if not self.block_out_channels or any(c % self.norm_num_groups for c in self.block_out_channels):
+            self.refuse("block_out_channels", f"each must be a multiple of norm_num_groups = {self.norm_num_groups}")
+        if self.layers_per_block < 1 or self.latent_channels < 1:
+            self.refuse("layers_per_block", "layers_per_block and latent_channels must be at least 1")
+
+    def build(self) -> nn.Module:
+        from core.models.frame_vae import FrameAutoencoder
+
+        levels = len(self.block_out_channels)
+        scale, shift = (1.0, 0.0) if self.scale_factor is None else (self.scale_factor, self.shift_factor)
+        return FrameAutoencoder(
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            block_out_channels=self.block_out_channels,
+            layers_per_block=self.layers_per_block,
+            latent_channels=self.latent_channels,
+            norm_num_groups=self.norm_num_groups,
+            sample_size=512,
+            **FrameAutoencoder.constants_config(scale, shift or 0.0),
+        )

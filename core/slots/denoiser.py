@@ -67,3 +67,42 @@ class LVDMShortUNet(Denoiser):
         from core.slots.slot import field_types
 
         return LVDMUNet(**{name: getattr(self, name) for name in field_types(type(self))})
+
+
+class LVDMTextUNet(LVDMShortUNet):
+    """The text-to-video UNet of LVDM (arXiv 2211.13221): as LVDMShortUNet, with space/time transformers and a text."""
+
+    model_channels: int = 320
+    """Width of the first level."""
+    channel_mult: tuple[int, ...] = (1, 2, 4, 4)
+    """Width of each level in model_channels; the first must be 1."""
+    num_res_blocks: int = 2
+    """Residual blocks of a level."""
+    attention_resolutions: tuple[int, ...] = (4, 2, 1)
+    """Downsampling factors at which there are transformers (1: full size). The middle block always has one."""
+    num_heads: int = 8
+    """Attention heads; the head width follows from the channels."""
+    transformer_depth: int = 1
+    """Blocks of a transformer."""
+    context_dim: int = 768
+    """Width of the text: the hidden size of the text encoder."""
+    temporal_length: int = 16
+    """Distance in latent frames at which relative positions are clipped."""
+    use_relative_position: bool = True
+    """Learned relative positions in temporal attention."""
+    use_scale_shift_norm: bool = False
+    """The time embedding scales and shifts the norm, instead of being added."""
+    dropout: float = 0.0
+    """Dropout of residual blocks and transformers."""
+
+    def check(self) -> None:
+        super().check()
+        for name in ("transformer_depth", "context_dim"):
+            if getattr(self, name) < 1:
+                self.refuse(name, "must be at least 1")
+
+    def build(self) -> nn.Module:
+        from core.models.lvdm_text_unet import LVDMTextUNet as Network
+        from core.slots.slot import field_types
+
+        return Network(**{name: getattr(self, name) for name in field_types(type(self))})

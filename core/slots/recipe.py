@@ -42,6 +42,11 @@ class Recipe(Slot):
                 raise unknown_field(Recipe, field)
 
     @property
+    def told(self) -> bool:
+        """Whether what is trained is told something besides the noisy sample, such as a text."""
+        return bool(getattr(self.system, "conditions", ()))
+
+    @property
     def validation_data(self) -> Data:
         """The data of validation: its own, or the held-out part of the training data."""
         return self.validation.data or self.data.held_out()

@@ -271,7 +271,7 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     """
     if isinstance(value, tuple) and any(isinstance(v, Slot) for v in value):
         return {k: v for i, item in enumerate(value) for k, v in flatten(item, f"{prefix}.{i}").items()} | {
-            prefix: f"{len(value)} parts"
+            prefix: f"{len(value)} part{'s' * (len(value) != 1)}"
         }
     if not isinstance(value, Slot):
         return {prefix: value}

@@ -8,7 +8,7 @@ from core.slots.autoencoder import Autoencoder
 from core.slots.condition import Condition
 from core.slots.denoiser import Denoiser
 from core.slots.objective import Objective
-from core.slots.slot import Slot
+from core.slots.slot import Slot, SlotError
 
 if TYPE_CHECKING:
     from core.systems import System as BuiltSystem
@@ -38,6 +38,22 @@ class Diffusion(System):
     """What the denoiser is told besides the noisy sample."""
     objective: Objective = Objective()
     """Noise schedule, target and loss."""
+
+    def check(self) -> None:
+        width: int | None = getattr(self.denoiser, "context_dim", None)
+        kind = type(self.denoiser).__name__
+        if len(self.conditions) > 1:
+            self.refuse("conditions", "one text at a time: a denoiser takes one sequence of states")
+        if self.conditions and width is None:
+            self.refuse("conditions", f"{kind} is told nothing; take a denoiser with a context_dim, or no conditions")
+        if width is not None and not self.conditions:
+            self.refuse("conditions", f"{kind} is told a text: add one, for example --system.conditions=CLIPText")
+        for condition in self.conditions:
+            wide = getattr(condition, "hidden_size", width)
+            if wide != width:
+                raise SlotError(
+                    f"denoiser.context_dim = {width}: must be the hidden_size of {type(condition).__name__}, {wide}"
+                )
 
     def build(self) -> BuiltSystem:
         from core.systems.diffusion import DiffusionSystem

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from core.slots.data import Data
+from core.slots.metric import Metric
 from core.slots.slot import Slot
 
 if TYPE_CHECKING:
@@ -16,8 +17,15 @@ class Sampler(Slot):
 
     num_inference_steps: int = 50
     """Denoising steps."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance (arXiv 2207.12598): 1 is the conditional model, 0 the unconditional one, more is beyond.
+    """
+    negative_prompt: str = ""
+    """What guidance leads away from. Empty: the unconditional model."""
 
     def check(self) -> None:
+        if self.guidance_scale < 0:
+            self.refuse("guidance_scale", "must not be negative")
         if self.num_inference_steps < 1:
             self.refuse("num_inference_steps", "must be at least 1")
 
@@ -71,9 +79,13 @@ class Validation(Slot):
     num_samples: int = 4
     """Clips that are generated and shown."""
     metric_clips: int = 0
-    """Clips that are generated for the Fréchet distance at the end of the run. 0: it is not computed."""
+    """Clips that are generated for the Fréchet distance and the metric at the end of the run. 0: there is neither."""
+    metric: Metric | None = None
+    """What the clips are scored by besides the Fréchet distance."""
     sampler: Sampler = DDIM()
     """How samples are made."""
+    prompts: tuple[str, ...] = ()
+    """Texts of the samples, in turn. None given: the captions of the first held-out clips."""
     fps: int = 8
     """Frames a second of the clips that are written."""
 

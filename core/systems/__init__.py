@@ -55,7 +55,11 @@ class System:
         for name, module in self.trained.items():
             write_folder(module, folder / name, weights[name])
         for name, module in self.frozen.items():
-            write_folder(module, folder / name, module.state_dict())
+            self.write_frozen(name, module, folder)
+
+    def write_frozen(self, name: str, module: nn.Module, folder: Path) -> None:
+        """Write one frozen network of an export."""
+        write_folder(module, folder / name, module.state_dict())
 
     def to(self, device: torch.device) -> System:
         """Move everything to `device`."""

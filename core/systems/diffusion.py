@@ -1,7 +1,8 @@
-"""Diffusion: a denoiser trained in the latent space of a frozen autoencoder, or on pixels."""
+"""Diffusion: a denoiser trained in the latent space of a frozen autoencoder or on pixels, told a text or nothing."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from core.draw import Draw
+from core.errors import UserError
 from core.objective import LOSSES, NoiseSchedule
 from core.precision import DTYPES, no_autocast
-from core.sampling import sample
+from core.sampling import Denoise, sample, told
 from core.slots import DDIM, Diffusion, Sampler
 from core.systems import Batch, Logs, System
 
@@ -24,21 +26,31 @@ class DiffusionSystem(System):
     """Noise is added to latents z' = scale (z + shift) of posterior samples z; the denoiser learns to take it away."""
 
     def __init__(self, slot: Diffusion) -> None:
-        self.slot, objective = slot, slot.objective
+        self.slot = slot
         self.trained = nn.ModuleDict({slot.denoiser.component: slot.denoiser.build()})
         self.denoiser = self.trained[slot.denoiser.component]
         self.frozen = nn.ModuleDict()
-        if slot.autoencoder is not None:
-            self.frozen[slot.autoencoder.component] = slot.autoencoder.build().requires_grad_(False).eval()
-            self.frozen.to(DTYPES[slot.autoencoder.dtype])
-        self.schedule = NoiseSchedule(
-            objective.beta_start, objective.beta_end, objective.beta_schedule, objective.num_train_timesteps
-        )
+        for part in (slot.autoencoder, *slot.conditions):
+            if part is not None:
+                built = part.build().requires_grad_(False).eval()
+                # not diffusers' own `to`, which warns of every change of dtype
+                self.frozen[part.component] = nn.Module.to(built, DTYPES[part.dtype])  # type: ignore[union-attr]
+
+    @functools.cached_property
+    def schedule(self) -> NoiseSchedule:
+        """The tables of the noise schedule, made when they are first needed: no part of the modules."""
+        slot = self.slot.objective
+        return NoiseSchedule(slot.beta_start, slot.beta_end, slot.beta_schedule, slot.num_train_timesteps)
 
     @property
     def autoencoder(self) -> nn.Module | None:
         """The frozen autoencoder; None in pixel space."""
-        return next(iter(self.frozen.values()), None)
+        return None if self.slot.autoencoder is None else self.frozen[self.slot.autoencoder.component]
+
+    @property
+    def text(self) -> nn.Module | None:
+        """The frozen text encoder; None where the denoiser is told nothing."""
+        return self.frozen[self.slot.conditions[0].component] if self.slot.conditions else None
 
     def blocks(self) -> list[nn.Module]:
         return self.denoiser.blocks()  # type: ignore[operator, no-any-return]
@@ -68,13 +80,33 @@ class DiffusionSystem(System):
             # one clip at a time: decoding is the peak of memory, and a batch of clips is no faster
             return torch.cat([vae.decode(one) for one in z.split(1)]).float().clamp(-1, 1)  # type: ignore[operator]
 
-    def _losses(self, batch: Batch, t: Tensor, draw: Draw) -> Tensor:
-        """Loss of each sample (B,) at timesteps t."""
+    @torch.no_grad()
+    def states(self, captions: Sequence[str]) -> Tensor:
+        """What the denoiser is told of captions: (B, N, D) in fp32."""
+        assert self.text is not None
+        with no_autocast(next(self.text.parameters()).device):
+            return self.text(captions)  # type: ignore[no-any-return]
+
+    def _told(self, batch: Batch, dropped: Sequence[bool]) -> tuple[Tensor, ...]:
+        """The states of a batch's captions, read or precomputed; those of the empty caption for `dropped` samples."""
+        if self.text is None:
+            return ()
+        if "text_states" in batch:
+            given = batch["text_states"].float()  # (B, N, D)
+            lost = torch.tensor(dropped, device=given.device)[:, None, None]
+            return (torch.where(lost, self.states([""]), given) if any(dropped) else given,)
+        if "caption" not in batch:
+            raise UserError("the data give no captions, and this denoiser is told a text: take data that have them")
+        return (self.states(["" if lost else text for text, lost in zip(batch["caption"], dropped, strict=True)]),)
+
+    def _losses(self, batch: Batch, t: Tensor, draw: Draw, dropout: float = 0.0) -> Tensor:
+        """Loss of each sample (B,) at timesteps t; a share `dropout` of the captions is left out."""
         objective = self.slot.objective
+        condition = self._told(batch, [chance < dropout for chance in draw.chances("caption dropout")])
         x0 = self.latents(batch["pixel_values"], draw)
         noise = draw.noise(x0.shape[1:])
         x_t = self.schedule.add_noise(x0, noise, t)
-        output = self.denoiser(x_t, t).float()
+        output = self.denoiser(x_t, t, *condition).float()
         target = self.schedule.target(x0, noise, t, objective.prediction_type)
         losses = LOSSES[objective.loss](output, target)
         if objective.snr_gamma is not None:
@@ -83,7 +115,8 @@ class DiffusionSystem(System):
 
     def loss(self, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         t = draw.integers(self.slot.objective.num_train_timesteps, "timesteps")
-        return self._losses(batch, t, draw).mean(), {}
+        dropout = max((getattr(condition, "dropout", 0.0) for condition in self.slot.conditions), default=0.0)
+        return self._losses(batch, t, draw, dropout).mean(), {}
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, draw: Draw) -> Logs:
@@ -94,7 +127,7 @@ class DiffusionSystem(System):
     def sample(self, prompts: Sequence[str], clip: tuple[int, int, int], sampler: Sampler, draw: Draw) -> Tensor:
         shape = self._latent_shape(clip)
         latents = sample(
-            lambda x_t, t: self.denoiser(x_t, t).float(),
+            self._denoise(prompts, sampler),
             draw.noise(shape, "initial"),
             sampler.build(self.slot.objective),
             num_inference_steps=sampler.num_inference_steps,
@@ -102,6 +135,16 @@ class DiffusionSystem(System):
             step_noise=lambda i, shape: draw.noise(shape[1:], f"step {i}"),
         )
         return self.pixels(latents)
+
+    def _denoise(self, prompts: Sequence[str], sampler: Sampler) -> Denoise:
+        """The denoiser of clips of these prompts, guided."""
+        if self.text is None:
+            return lambda x_t, t: self.denoiser(x_t, t).float()
+        given = self.states(prompts)  # (B, N, D)
+        nothing = self.states([sampler.negative_prompt]).expand_as(given)
+        return told(
+            lambda x_t, t, states: self.denoiser(x_t, t, states).float(), given, nothing, sampler.guidance_scale
+        )
 
     def _latent_shape(self, clip: Sequence[int]) -> tuple[int, ...]:
         """Pixel (T, H, W) → latent (C, T', H', W'), by the autoencoder's own factors."""
@@ -111,6 +154,12 @@ class DiffusionSystem(System):
     @torch.no_grad()
     def reconstruct(self, batch: Batch, draw: Draw) -> Tensor | None:
         return None if self.autoencoder is None else self.pixels(self.latents(batch["pixel_values"], draw))
+
+    def write_frozen(self, name: str, module: nn.Module, folder: Path) -> None:
+        if module is self.text:
+            module.write(folder)  # type: ignore[operator]
+        else:
+            super().write_frozen(name, module, folder)
 
     def export(self, folder: Path, weights: dict[str, dict[str, Tensor]]) -> None:
         super().export(folder, weights)

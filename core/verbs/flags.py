@@ -30,6 +30,8 @@ class VerbFlags(Slot):
 class SampleFlags(VerbFlags):
     """Flags of `sample`."""
 
+    prompt: tuple[str, ...] = ()
+    """Texts of the clips, in turn. None given: the prompts of the recipe's validation, else the empty text."""
     num: int = 4
     """Clips to make."""
     seed: int = 0
@@ -78,6 +80,21 @@ class StoreFlags(VerbFlags):
     """MLflow tracking URI. Default: $MLFLOW_TRACKING_URI, else sqlite:///runs/mlflow.db."""
 
 
+class DoctorFlags(StoreFlags):
+    """Flags of `doctor`."""
+
+    fix: bool = False
+    """Close runs that say RUNNING and are dead, and send what MLflow lacks of their journals."""
+    suspected: bool = False
+    """With --fix: close also those on other machines that have been silent for --stale-minutes."""
+    stale_minutes: float = 15.0
+    """Silence after which a run on another machine is suspected. A living one gives a sign every half minute."""
+
+    def check(self) -> None:
+        if self.stale_minutes <= 0:
+            self.refuse("stale_minutes", "must be positive")
+
+
 class UiFlags(StoreFlags):
     """Flags of `ui`."""
 
@@ -89,3 +106,33 @@ class UiFlags(StoreFlags):
     def check(self) -> None:
         if not 0 < self.port < 65536:
             self.refuse("port", "must be between 1 and 65535")
+
+
+class ImportFlags(VerbFlags):
+    """Flags of `weights import`."""
+
+    to: Path | None = None
+    """Folder to write; each network gets a folder of its own in it."""
+    component: Literal["unet", "vae", "text_encoder"] | None = None
+    """Also --as. The one network to import. None: all that are recognised."""
+    recipe: str | None = None
+    """Also --for. The recipe whose networks these are. None: told by names and shapes of the tensors."""
+    ema: bool = False
+    """Take the moving average."""
+    raw: bool = False
+    """Take the weights as they are. This is the default."""
+    partial: bool = False
+    """Import what fits; what is missing or misshapen stays fresh."""
+
+    def check(self) -> None:
+        if self.ema and self.raw:
+            self.refuse("ema", "give --ema or --raw, not both")
+
+
+class ExportFlags(StoreFlags):
+    """Flags of `weights export`."""
+
+    to: Path | None = None
+    """Folder to write; it must be new or empty."""
+    raw: bool = False
+    """Write the weights as they are, not their moving average (EMA)."""

@@ -69,6 +69,32 @@ VERBS = {
         "recipe's data.",
         "python -m registry measure-latents lvdm-short-sky-tiny",
     ),
+    "weights": Verb(
+        "info PATH [--json] | import PATH --to DIR [--as unet|vae] [--for RECIPE] [--ema] [--partial]\n"
+        "       | export RUN --to DIR [--raw]",
+        "info, import or export, and a path or a run",
+        "What a checkpoint of others holds (info), the same as diffusers folders that recipes open (import), and the\n"
+        "networks of a run as diffusers folders (export).\n"
+        "PATH is a file (.safetensors, .ckpt, .pt, .bin, .pdparams), a folder, a hub id or run:<id>. Nothing in it is\n"
+        "executed.",
+        "python -m registry weights info shipped:lvdm-video-vae-tiny",
+    ),
+    "sync": Verb(
+        "[RUN_OR_DIR] [--store URI]",
+        "nothing",
+        "Send to MLflow what it lacks of a run.\n"
+        "A server that was down or slow has gaps; the run's journal has none. Without a run: all under ./runs.\n"
+        "Doing it twice changes nothing; another --store gets a copy. Exit code 1 when something is left.",
+        "python -m registry sync runs/first",
+    ),
+    "doctor": Verb(
+        "[--fix] [--store URI]",
+        "nothing",
+        "Say what this machine has, and find runs that say RUNNING and are dead.\n"
+        "--fix closes those as KILLED and sends what MLflow lacks of their journals.\n"
+        "Exit code 1 when something is left to do.",
+        "python -m registry doctor --fix",
+    ),
     "ui": Verb(
         "[--host H] [--port P] [--store URI]",
         "nothing",

@@ -38,7 +38,8 @@ def measure_latents(
     vae.to(here).eval()
     constants = _moments(vae, recipe, clips, here)
     if write:
-        _write(locate(spec, autoencoder.component), constants)
+        entries = vae.constants_config(constants["scale_factor"], constants["shift_factor"])  # type: ignore[operator]
+        _write(locate(spec, autoencoder.component), entries)
     return constants
 
 

@@ -37,19 +37,21 @@ def run(recipe: Recipe, launch: Launch, argv: Sequence[str] = ()) -> int:
 def _say(result: Result, given: str | None) -> None:
     """The last words of a run: where everything is."""
     from core.checkpoint import checkpoints
+    from core.redact import without_password
     from core.tracking import store_uri
 
     out, store, stopped = result.output_dir, store_uri(given), result.asked.leave
     clip = next(iter(sorted(out.glob("samples/*/*.mp4"), reverse=True)), out / "samples")
-    print(f"{'stopped' if stopped else 'finished'} at step {result.step}, MLflow run {result.run_id}")
+    run = result.run_id or "still to be made"
+    print(f"{'stopped' if stopped else 'finished'} at step {result.step}, MLflow run {run}")
     print(f"  clip        {clip}")
     print(f"  checkpoint  {next(iter(checkpoints(out / 'checkpoints')), None)}")
     if stopped:
         print(f"  go on with  python -m registry resume {out}")
     else:
         print(f"  weights     {out / 'export'}")
-    where = "" if store == store_uri() else f" --store {store}"
-    print(f"  MLflow      {store}; see it with: python -m registry ui{where}")
+    where = "" if store == store_uri() else f" --store {without_password(store)}"
+    print(f"  MLflow      {without_password(store)}; see it with: python -m registry ui{where}")
 
 
 def spawn(recipe: Recipe, launch: Launch, argv: Sequence[str]) -> int:

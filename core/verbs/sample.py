@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from core import checkpoint
@@ -20,6 +21,7 @@ from core.validate import generate
 def sample(
     where: str,
     *,
+    prompt: Sequence[str] = (),
     num: int = 4,
     seed: int = 0,
     steps: int | None = None,
@@ -30,10 +32,14 @@ def sample(
 ) -> Path:
     """Sample `num` clips from the run at `where` (output directory or run id); returns the folder they are in.
 
+    They are of the texts `prompt` in turn; without any, of those of the recipe's validation, else of the empty text.
     The averaged weights are used where the run has them, unless `raw`. The same seed gives the same clips.
     """
     folder = find_run(where, store)
     recipe = read(folder)
+    if prompt and not recipe.told:
+        raise UserError(f"--prompt: {recipe.name} is told no text")
+    prompts = list(prompt or recipe.validation.prompts) or [""]
     found = checkpoint_of(folder)
     out = output_dir or folder / "samples" / f"{found.name}-seed-{seed}"
     writable(out)
@@ -44,7 +50,7 @@ def sample(
     place(system, recipe, here)
     system.mode(training=False)
     sampler = recipe.validation.sampler if steps is None else recipe.validation.sampler.but(num_inference_steps=steps)
-    clips = generate(system, recipe, sampler, num, here, seed)
+    clips = generate(system, recipe, sampler, num, here, seed, prompts=prompts)
     if clips is None:
         raise UserError(f"{recipe.name} is no generative recipe: it makes no samples")
     frames = to_uint8(clips)
@@ -59,6 +65,8 @@ def sample(
         "steps": sampler.num_inference_steps,
         "averaged": averaged,
         "clips": num,
+        "prompts": [prompts[i % len(prompts)] for i in range(num)],
+        "guidance_scale": sampler.guidance_scale,
     }
     (out / "samples.json").write_text(json.dumps(made, indent=1))
     return out

@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 
 from core.errors import UserError
-from core.tracking import DEFAULT_STORE
+from core.mlflow_page import TAG, address
+from core.redact import redact
+from core.tracking import DEFAULT_STORE, client, mind_manners
 from core.verbs.flags import UiFlags
 
 
@@ -21,8 +23,11 @@ def serve(flags: UiFlags) -> int:
     _need_port(flags.host, flags.port)
     if importlib.util.find_spec("mlflow") is None:
         raise UserError("mlflow is not installed in this environment, and `ui` is its web page: pip install mlflow")
-    shown = "127.0.0.1" if flags.host == "0.0.0.0" else flags.host
-    print(f"MLflow at http://{shown}:{flags.port}  (store: {uri}; stop with Ctrl-C)", flush=True)
+    shown = "127.0.0.1" if flags.host == "0.0.0.0" else f"[{flags.host}]" if ":" in flags.host else flags.host
+    server = f"http://{shown}:{flags.port}"
+    print(f"MLflow at {server}  (store: {redact(uri)}; stop with Ctrl-C)", flush=True)
+    for name, table, charts in _pages(uri, server):
+        print(f"  {name}\n    runs with what differs  {table}\n    samples side by side    {charts}", flush=True)
     # One process serves one reader; four workers and MLflow's job runner take five times as long to start and stop.
     where = ["--workers", "1", "--backend-store-uri", uri, "--host", flags.host, "--port", str(flags.port)]
     return _run([sys.executable, "-m", "mlflow", "server", *where])
@@ -54,7 +59,14 @@ def _need_port(host: str, port: int) -> None:
         raise UserError(f"cannot listen on {host} port {port} ({why}): choose another with --port {port + 1}") from None
 
 
+def _pages(uri: str, server: str) -> list[tuple[str, str, str]]:
+    """The experiments that have a view of ours: name, address of the table, address of the charts."""
+    found = [e for e in client(uri).search_experiments() if TAG in e.tags]
+    return [(e.name, *(address(server, e.experiment_id, charts) for charts in (False, True))) for e in found]
+
+
 def _run(command: list[str]) -> int:
+    mind_manners()
     process = subprocess.Popen(command, env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
     try:
         return process.wait()

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
 
+from core.weights.lazy import DTYPES, Lazy, lazy
+
 NAME = "diffusion_pytorch_model.safetensors"
+SAFETENSORS = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def write_folder(module: Any, folder: Path, state: Mapping[str, Tensor]) -> Path:
+def write_folder(module: Any, folder: Path, state: Mapping[str, Tensor | Lazy]) -> Path:
     """Write the configuration of a diffusers `module` with the weights `state` (its own `save_pretrained` takes none).
     Returns the weights' path.
     """
@@ -21,9 +26,31 @@ def write_folder(module: Any, folder: Path, state: Mapping[str, Tensor]) -> Path
     return write_weights(folder, state)
 
 
-def write_weights(folder: Path, state: Mapping[str, Tensor]) -> Path:
-    """Write the weights alone, readable by everyone (safetensors writes for the owner only)."""
-    path = folder / NAME
-    save_file({name: t.detach().cpu().contiguous() for name, t in state.items()}, path, metadata={"format": "pt"})
-    path.chmod(0o644)
-    return path
+def write_weights(folder: Path, state: Mapping[str, Tensor | Lazy], name: str = NAME) -> Path:
+    """Write the weights alone, readable by everyone, one tensor at a time: safetensors' own writer holds all of them in
+    memory, and their bytes once more.
+    """
+    entries = {n: t if isinstance(t, Lazy) else lazy(t) for n, t in state.items()}
+    order = sorted(entries, key=lambda n: (-entries[n].dtype.itemsize, n))  # so that each is aligned
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for n in order:
+        size = entries[n].numel * entries[n].dtype.itemsize
+        shape = list(entries[n].shape)
+        header[n] = {"dtype": SAFETENSORS[entries[n].dtype], "shape": shape, "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    path = folder / name
+    partial = folder / f".partial-{name}"
+    with partial.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for n in order:
+            file.write(_bytes(entries[n].read()))
+    partial.chmod(0o644)
+    return partial.replace(path)
+
+
+def _bytes(tensor: Tensor) -> Any:
+    flat = tensor.detach().cpu().contiguous().flatten()
+    return flat.view(torch.uint8).numpy().data

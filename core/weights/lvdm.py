@@ -1,131 +1,146 @@
-"""Reads the checkpoints of LVDM's authors and loads them into the networks here, all of it or not at all."""
+"""LVDM's networks in checkpoints: of its authors (YingqingHe/LVDM) and of PaddleMIX, whose names are the same."""
 
 from __future__ import annotations
 
-import zipfile
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from core.errors import UserError
+from core.weights.fit import load_strict
+from core.weights.lazy import State, lazily
+from core.weights.names import component, sort_out
+from core.weights.network import Network, Shapes
+from core.weights.stored import open_stored
 
-Part = Literal["unet", "unet_ema", "vae"]
-PREFIXES = {"unet": "model.diffusion_model.", "unet_ema": "model_ema.", "vae": "first_stage_model."}
-SHOWN = 4
+__all__ = ["NETWORKS", "Part", "load_strict", "original_state"]
+
+Part = Literal["unet", "unet_ema", "vae", "text_encoder"]
+FIRST_CONV = "encoder.conv_first.conv.weight"
 
 
 def original_state(source: str | Path | Mapping[str, Tensor], part: Part) -> dict[str, Tensor]:
-    """One part's tensors under the names of the networks here, from a `.safetensors`, a torch checkpoint or a dict.
+    """One part's tensors under the names of the networks here, from a checkpoint file or a dict.
 
-    A part is found under its prefix in a full checkpoint, or bare. The loss network, schedule buffers and the second
-    name of each padded convolution's kernel are dropped. "unet_ema" is the moving average, stored under names without
-    dots.
+    A part is found under its prefix in a full checkpoint, or bare. "unet_ema" is the moving average.
     """
-    tensors = dict(source) if isinstance(source, Mapping) else _read(Path(source))
-    if part == "unet_ema":
-        return _moving_average(tensors)
-    found = _under(tensors, PREFIXES[part])
-    if not found and _whole(tensors):
-        raise UserError(f"no {part} in this checkpoint: no name starts with {PREFIXES[part]} ({_some(tensors)})")
-    return _without_aliases(_parameters(found or tensors))
+    stored = lazily(source) if isinstance(source, Mapping) else open_stored(Path(source)).tensors
+    found = component(sort_out(stored), part.removesuffix("_ema"), averaged=part.endswith("_ema"))
+    named = without_aliases(found) if part == "vae" else found
+    return {name: entry.read() for name, entry in named.items()}
 
 
-def _whole(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names that only a full checkpoint has."""
-    return [name for name in tensors if name.startswith((*PREFIXES.values(), "cond_stage_model."))]
+def without_aliases(state: State) -> dict[str, Any]:
+    """Drops the loss network, and X.weight where X.conv.weight is the same kernel under its other name."""
+    return {
+        name: entry
+        for name, entry in state.items()
+        if not name.startswith("loss.") and f"{name.removesuffix('weight')}conv.weight" not in state
+    }
 
 
-def _parameters(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without the loss network and the schedule's buffers, whose names have no dot."""
-    return {name: value for name, value in tensors.items() if "." in name and not name.startswith("loss.")}
+# ------------------------------------------------------------------------------------------- sizes from tensors' shapes
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; expected a .safetensors, .ckpt, .pt or .bin checkpoint")
-    if path.suffix == ".safetensors":
-        return read_safetensors(path)
-    _refuse_compressed(path)
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"{path}: not opened, a checkpoint may hold tensors and plain values only ({reason})"
-        ) from error
-    tensors = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
-    if not isinstance(tensors, dict):
-        raise UserError(f"{path}: no checkpoint, it holds a {type(loaded).__name__} and no names of tensors")
-    return {str(name): value for name, value in tensors.items() if isinstance(value, Tensor)}
+def unet_settings(shapes: Shapes) -> dict[str, Any]:
+    """Sizes of the UNet. Levels are told by their downsampling, heads by the width of the relative positions."""
+    width, in_channels = shapes["input_blocks.0.0.weight"][:2]
+    mult, blocks, attended = _levels(shapes, width)
+    found: dict[str, Any] = {
+        "in_channels": in_channels,
+        "out_channels": shapes["out.2.weight"][0],
+        "model_channels": width,
+        "channel_mult": tuple(mult),
+        "num_res_blocks": blocks,
+        "attention_resolutions": tuple(attended),
+        "use_scale_shift_norm": shapes["input_blocks.1.0.emb_layers.1.bias"][0] == 2 * mult[0] * width,
+    }
+    table = next(
+        (shape for name, shape in shapes.items() if name.startswith("middle_block.1.") and "table" in name), None
+    )
+    if table is not None:
+        found |= {"temporal_length": table[0] // 2, "num_heads": mult[-1] * width // table[1]}
+    return found | {"use_relative_position": table is not None}
 
 
-def _refuse_compressed(path: Path) -> None:
-    """torch writes its archives without compression; one whose parts are larger than itself would fill the memory."""
-    if not zipfile.is_zipfile(path):
-        return
-    try:
-        with zipfile.ZipFile(path) as archive:
-            size = sum(part.file_size for part in archive.infolist())
-    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
-        raise UserError(f"{path}: not opened, a damaged archive ({error})") from None
-    if size > path.stat().st_size:
-        raise UserError(f"{path}: not opened, its parts are larger than the file ({size:,} bytes)")
+def _levels(shapes: Shapes, width: int) -> tuple[list[int], int, list[int]]:
+    """Width of each level in multiples, residual blocks of a level, factors at which there is attention."""
+    mult: list[int] = []
+    attended: list[int] = []
+    level = blocks = 0
+    for i in range(1, 1 + max(int(n.split(".")[1]) for n in shapes if n.startswith("input_blocks."))):
+        if f"input_blocks.{i}.0.op.weight" in shapes:
+            level += 1
+            continue
+        blocks += level == 0
+        mult[level:] = [shapes[f"input_blocks.{i}.0.in_layers.2.weight"][0] // width]
+        if any(name.startswith(f"input_blocks.{i}.1.") for name in shapes):
+            attended[len(attended) - (2**level in attended) :] = [2**level]
+    return mult, blocks, attended
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. Raises UserError for one that is damaged or no such file."""
-    try:
-        if not path.is_file():
-            raise OSError("no ordinary file")
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UserError(f"{path}: cannot be read as safetensors ({str(error).splitlines()[0]})") from None
+def text_unet_settings(shapes: Shapes) -> dict[str, Any]:
+    depth = max(int(found[1]) for name in shapes if (found := re.search(r"transformer_blocks\.(\d+)\.", name)))
+    block = "middle_block.1.transformer_blocks.0"
+    # (channels, context), or the reverse in Paddle
+    context = sum(shapes[f"{block}.attn2.to_k.weight"]) - shapes[f"{block}.norm1.weight"][0]
+    return unet_settings(shapes) | {"transformer_depth": depth + 1, "context_dim": context}
 
 
-def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+def vae_settings(shapes: Shapes) -> dict[str, Any]:
+    """Sizes of the 3D autoencoder. Strides do not show in shapes: as published, time is halved once less than space."""
+    levels = 1 + max(int(name.split(".")[2]) for name in shapes if name.startswith("encoder.conv_blocks."))
+    return {
+        "n_hiddens": shapes[FIRST_CONV][0],
+        "image_channels": shapes[FIRST_CONV][1],
+        "downsample": (2 ** (levels - 1), 2**levels, 2**levels),
+        "embed_dim": shapes["post_quant_conv.conv.weight"][1],
+        "z_channels": shapes["post_quant_conv.conv.weight"][0],
+    }
 
 
-def _without_aliases(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Drops X.weight where X.conv.weight is the same kernel."""
-    return {name: value for name, value in state.items() if f"{name.removesuffix('weight')}conv.weight" not in state}
+def _short() -> type[nn.Module]:
+    from core.models.lvdm_unet import LVDMUNet
+
+    return LVDMUNet
 
 
-def _moving_average(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The averages, named by the raw weights of the same checkpoint: without its dots a name cannot be read back."""
-    averages = _under(tensors, PREFIXES["unet_ema"])
-    names = [name for name in tensors if name.startswith(PREFIXES["unet"])]
-    flat = {name.removeprefix("model.").replace(".", ""): name.removeprefix(PREFIXES["unet"]) for name in names}
-    if not averages or not flat:
-        raise UserError("no moving average: expected names that start with model_ema. beside model.diffusion_model.")
-    absent = [name for key, name in flat.items() if key not in averages]
-    if absent:
-        raise UserError(f"the moving average lacks {len(absent)} of {len(flat)} tensors: {_some(absent)}")
-    return {name: averages[key] for key, name in flat.items()}
+def _text() -> type[nn.Module]:
+    from core.models.lvdm_text_unet import LVDMTextUNet
+
+    return LVDMTextUNet
 
 
-def load_strict(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copies the state into the module, or raises UserError that names what is missing, unused or of another shape."""
-    own = module.state_dict()
-    missing = [name for name in own if name not in state]
-    unused = [name for name in state if name not in own]
-    misshapen = [
-        f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}"
-        for name in own
-        if name in state and own[name].shape != state[name].shape
-    ]
-    wrong = {"missing": missing, "unused": unused, "misshapen": misshapen}
-    if any(wrong.values()):
-        said = "; ".join(f"{len(names)} {what}: {_some(names)}" for what, names in wrong.items() if names)
-        raise UserError(f"these weights are not {type(module).__name__}'s ({len(own)} tensors): {said}")
-    module.load_state_dict(state)
+def _vae() -> type[nn.Module]:
+    from core.models.video_vae import VideoAutoencoder
+
+    return VideoAutoencoder
 
 
-def _some(names: Mapping[str, Tensor] | list[str]) -> str:
-    shown = list(names)[:SHOWN]
-    return ", ".join(shown) + (", ..." if len(names) > SHOWN else "")
+NETWORKS = (
+    Network(
+        name="LVDM's text-to-video UNet",
+        component="unet",
+        marks=(r"input_blocks\.", r"middle_block\.1\.transformer_blocks\.0\.attn1_tmp\."),
+        settings=text_unet_settings,
+        kind=_text,
+    ),
+    Network(
+        name="LVDM's unconditional UNet",
+        component="unet",
+        marks=(r"input_blocks\.", r"middle_block\.1\.qkv_t\."),
+        settings=unet_settings,
+        kind=_short,
+    ),
+    Network(
+        name="LVDM's 3D autoencoder",
+        component="vae",
+        marks=(r"encoder\.conv_first\.", r"decoder\.conv_blocks\.0\."),
+        rename=without_aliases,
+        settings=vae_settings,
+        kind=_vae,
+        renamed_settings=(("image_channel", "image_channels"),),
+    ),
+)

@@ -29,14 +29,38 @@ def test_the_sky_twin_is_near_a_second_real_sample_and_far_from_everything_trivi
         assert score < metrics[f"val/frechet_{trivial}"]
 
 
-def test_the_autoencoder_twin_rebuilds_clips_far_better_than_any_constant(tmp_path, store):
-    recipe = get("lvdm-video-vae-tiny")
-    metrics = finished(recipe.name, tmp_path, store)
+def constants(recipe):
+    """PSNR of held-out clips guessed as each clip's mean colour, and as the mean clip."""
     clips = real_clips(recipe.validation_data.build(), 32)
 
     def decibels(guess: torch.Tensor) -> float:
         return float((10 * torch.log10(4 / (clips - guess).square().flatten(1).mean(1))).mean())
 
-    own_mean, one_mean = decibels(clips.mean((2, 3, 4), keepdim=True)), decibels(clips.mean(0, keepdim=True))
+    return decibels(clips.mean((2, 3, 4), keepdim=True)), decibels(clips.mean(0, keepdim=True))
+
+
+def test_the_autoencoder_twin_rebuilds_clips_far_better_than_any_constant(tmp_path, store):
+    recipe = get("lvdm-video-vae-tiny")
+    metrics = finished(recipe.name, tmp_path, store)
+    own_mean, one_mean = constants(recipe)
     show(recipe.name, metrics | {"psnr of each clip's mean colour": own_mean, "psnr of the mean clip": one_mean})
     assert metrics["val/psnr"] > 31.0 and metrics["val/psnr"] > max(own_mean, one_mean) + 6.0
+
+
+def test_the_text_twin_listens_to_colour_direction_and_speed(tmp_path, store):
+    metrics = finished("lvdm-text2video-tiny", tmp_path, store)
+    show("lvdm-text2video-tiny", {name: value for name, value in metrics.items() if "score" in name})
+    for attribute, chance in (("colour", 1 / 6), ("direction", 1 / 4), ("speed", 1 / 2)):
+        score = metrics[f"val/{attribute}_score"]
+        assert metrics[f"val/{attribute}_score_real"] >= 0.98
+        assert score >= 0.8
+        for deaf in ("shuffled", "mean_clip"):
+            assert metrics[f"val/{attribute}_score_{deaf}"] < min(score, chance + 0.2)
+
+
+def test_the_frame_autoencoder_twin_rebuilds_pictures_far_better_than_any_constant(tmp_path, store):
+    recipe = get("kl-vae-tiny")
+    metrics = finished(recipe.name, tmp_path, store)
+    own_mean, one_mean = constants(recipe)
+    show(recipe.name, metrics | {"psnr of each clip's mean colour": own_mean, "psnr of the mean clip": one_mean})
+    assert metrics["val/psnr"] > 28.0 and metrics["val/psnr"] > max(own_mean, one_mean) + 6.0

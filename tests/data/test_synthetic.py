@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data import synthetic
+from data import cache, synthetic
 from data.slots import FrameFolders
 
 TINY = {"train_videos": 2, "test_videos": 1, "clips_per_video": 2, "frames": 3, "size": 16, "seed": 3}
@@ -60,7 +60,7 @@ def test_clouds_drift_by_a_constant_sub_pixel_step(seed: int):
     rng = np.random.default_rng(seed)
     clouds = synthetic._draw(rng, 128)
     assert 0.75 <= np.hypot(*clouds.velocity) <= 2.0
-    field = np.stack([synthetic._shift(clouds.spectrum, clouds.velocity, t) for t in range(24)])
+    field = np.stack([synthetic.shift(clouds.spectrum, clouds.velocity, t) for t in range(24)])
     cross = np.fft.fft2(field[0]) * np.fft.fft2(field[20]).conj()
     peak = np.unravel_index(np.fft.ifft2(cross).real.argmax(), (128, 128))
     moved = (-np.array(peak) + 64) % 128 - 64
@@ -68,16 +68,16 @@ def test_clouds_drift_by_a_constant_sub_pixel_step(seed: int):
 
 
 def test_a_whole_pixel_step_moves_the_field_exactly():
-    spectrum = synthetic._noise_spectrum(np.random.default_rng(0), 64)
-    still = synthetic._shift(spectrum, (1.0, -2.0), 0)
-    moved = synthetic._shift(spectrum, (1.0, -2.0), 3)
+    spectrum = synthetic.noise_spectrum(np.random.default_rng(0), 64)
+    still = synthetic.shift(spectrum, (1.0, -2.0), 0)
+    moved = synthetic.shift(spectrum, (1.0, -2.0), 3)
     assert np.allclose(moved, np.roll(still, (3, -6), (0, 1)), atol=1e-12)
 
 
 def test_clouds_have_no_detail_below_eight_pixels_and_a_slope_in_range():
     slopes = []
     for seed in range(8):
-        power = np.abs(synthetic._noise_spectrum(np.random.default_rng(seed), 256)) ** 2
+        power = np.abs(synthetic.noise_spectrum(np.random.default_rng(seed), 256)) ** 2
         f = np.hypot(np.fft.fftfreq(256)[:, None], np.fft.rfftfreq(256)[None, :])
         assert power[f > 1 / 4].sum() < 1e-4 * power.sum()
         low, high = (np.log(power[(f > c * 0.9) & (f < c * 1.1)].mean()) for c in (1 / 30, 1 / 12))
@@ -117,7 +117,7 @@ def test_several_at_once_get_the_same_whole_sky(tiny_default: Path):
 def test_a_loser_of_the_race_takes_the_winners_sky(tiny_default: Path):
     won = synthetic.sky_root()
     before = files(won)
-    synthetic._write_once(won)
+    cache.write_once(won, lambda half: synthetic.write_sky(half, **TINY))
     assert files(won) == before
     assert len(list(tiny_default.iterdir())) == 1
 

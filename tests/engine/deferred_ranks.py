@@ -73,14 +73,14 @@ def _report(module, peak):
 
 
 def main(out: Path) -> None:
-    with ranks(Parallel(shard=2), "cpu") as here:
+    with ranks(Parallel(shard=2), "cpu", timeout=60.0) as here:
         with recording() as tape:
             system, tied, emptied = get("lvdm-short-sky-tiny").system.build(), Tied(), Tied()
         fresh = Fresh(tape, system.trained, nn.ModuleDict({"tied": tied}))
         again = Fresh(tape, nn.ModuleDict({"tied": emptied}))
-        spread(system, here.mesh)
+        spread(system, Parallel(shard=2), here)
         for module in (tied, emptied):
-            fully_shard(module, mesh=here.mesh)
+            fully_shard(module, mesh=here.mesh["replicate", "shard"])
         emptied.to_empty(device=CPU)
         report = {}
         for name, module, source in (("unet", system.trained["unet"], fresh), ("tied", tied, fresh)):

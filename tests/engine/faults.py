@@ -83,7 +83,7 @@ def _due(moment: str | None, recipe: Recipe, out: Path, chance: random.Random) -
 
 
 def _lines(out: Path) -> int:
-    path = out / "metrics.jsonl"
+    path = out / "journal.jsonl"
     return path.read_bytes().count(b'"loss"') if path.exists() else 0
 
 
@@ -92,6 +92,6 @@ def _samples(out: Path) -> int:
 
 
 def _last_step(out: Path) -> int:
-    lines = [line for line in (out / "metrics.jsonl").read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    lines = [line for line in (out / "journal.jsonl").read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
     steps = [json.loads(line).get("step", 1) for line in lines if b'"loss"' in line]
     return steps[-1] if steps else 1

@@ -1,13 +1,14 @@
 """Short real runs for the tests: the tiny twins, cut to a few updates on a small sky."""
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+from core.journal import FILE_NAME, read
 from core.slots import Launch, Recipe
 from core.train import Result, train
+from data.slots import CaptionedVideos
 from registry import get
 
 REPO = Path(__file__).parents[2]
@@ -16,13 +17,16 @@ SHORT = (
     "--validation.every 0 --validation.sample-every 0 --validation.batch-size 2 --validation.num-batches 2 "
     "--validation.num-samples 2 --validation.metric-clips 0 --validation.sampler.num-inference-steps 2 --checkpoint.every 0"
 )
-TWINS = ("lvdm-short-sky-tiny", "lvdm-video-vae-tiny")
+TWINS = ("lvdm-short-sky-tiny", "lvdm-video-vae-tiny", "lvdm-text2video-tiny", "kl-vae-tiny")
 
 
 def flags(name: str, sky: Path, more: str = "") -> list[str]:
-    """The words after `run` for a short run; later flags win over those of SHORT."""
+    """The words after `run` for a short run; later flags win over those of SHORT. The data are those of the fixture
+    `sky`, or the captioned clips beside them.
+    """
     words: dict[str, str] = {}
-    pairs = f"{SHORT} --data-root {sky} {more}".split()
+    root = sky.parent / "clouds" if isinstance(get(name).data, CaptionedVideos) else sky
+    pairs = f"{SHORT} --data-root {root} {more}".split()
     for flag, value in zip(pairs[::2], pairs[1::2], strict=True):
         words[flag] = value
     return [name, *(word for pair in words.items() for word in pair)]
@@ -55,8 +59,13 @@ def registry(
 
 
 def journal(out: Path) -> list[dict]:
-    """The metrics lines of a run."""
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    """The metrics of a run, by line, without those of the machine."""
+    lines = (event for event, _ in read(out / FILE_NAME) if event["event"] == "metrics")
+    return [
+        {"step": e["step"], "time": e["time"]} | e["values"]
+        for e in lines
+        if not any("system/" in k for k in e["values"])
+    ]
 
 
 def losses(out: Path) -> dict[int, float]:

@@ -37,7 +37,7 @@ def numbers(step, modules, optimizer):
 
 
 def save(folder, step, modules, optimizer, ema, keep=None):
-    saver = Saver(folder, HERE, keep, lambda path, step: None)
+    saver = Saver(folder, HERE, keep, lambda path, step, about: None)
     saver.save(checkpoint.tensors(modules, optimizer, ema), numbers(step, modules, optimizer), "{}")
     saver.join()
     assert saver.failure() is None

@@ -69,7 +69,10 @@ def test_weights_gathered_in_bf16_train_to_about_the_same_losses_and_are_kept_in
 
 def test_a_run_goes_on_from_two_ranks_on_one_and_on_two_again_with_the_losses_of_one(sky, store, tmp_path):
     name = "lvdm-video-vae-tiny"
-    flat = "--batch-size 1 --optim.schedule.name constant --optim.schedule.warmup-steps 0 --parallel.shard None"
+    # at the twin's own rate AdamW makes much of the last bits, and 9 updates are enough to see it
+    flat = (
+        "--batch-size 1 --lr 1e-4 --optim.schedule.name constant --optim.schedule.warmup-steps 0 --parallel.shard None"
+    )
     one = run_ranks(short(name, sky, f"{flat} --max-steps 9"), 1, tmp_path / "one", store)
     for steps, world in ((3, 2), (6, 1), (9, 2)):
         recipe = short(name, sky, f"{flat} --max-steps {steps}")
@@ -103,9 +106,12 @@ def launched(sky, store, out, *more):
     words = flags("lvdm-video-vae-tiny", sky, "--max-steps 40 --batch-size 1 --checkpoint.every 5")
     command = [sys.executable, "-m", "registry", "run", *words, "--nproc", "2", "--output-dir", str(out)]
     variables = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*command, "--store", store, *more], env=variables, cwd=out.parent, stderr=subprocess.PIPE, text=True
-    )
+    with out.with_suffix(".stderr").open("w") as said:
+        return subprocess.Popen([*command, "--store", store, *more], env=variables, cwd=out.parent, stderr=said)
+
+
+def said_by(out):
+    return out.with_suffix(".stderr").read_text()
 
 
 def wait_for(condition, patience=120.0):
@@ -116,7 +122,7 @@ def wait_for(condition, patience=120.0):
 
 
 def steps(out):
-    return len(losses(out)) if (out / "metrics.jsonl").exists() else 0
+    return len(losses(out)) if (out / "journal.jsonl").exists() else 0
 
 
 def test_a_rank_that_is_killed_is_started_again_and_the_losses_are_those_of_an_undisturbed_run(sky, store, tmp_path):
@@ -125,7 +131,7 @@ def test_a_rank_that_is_killed_is_started_again_and_the_losses_are_those_of_an_u
     hit = launched(sky, store, fire, "--max-restarts", "1")
     wait_for(lambda: steps(fire) >= 8)
     os.kill(ranks_of(hit)[1], signal.SIGKILL)
-    assert hit.wait(200) == 0, hit.stderr.read()[-3000:]
+    assert hit.wait(200) == 0, said_by(fire)[-3000:]
     assert losses(fire) == losses(tmp_path / "calm") and len(losses(fire)) == 40
     assert "resumed at step" in (fire / "run.log").read_text()
 
@@ -134,9 +140,8 @@ def test_a_rank_that_dies_takes_the_others_down_with_a_clear_line_and_no_hang(sk
     hit = launched(sky, store, tmp_path / "run")
     wait_for(lambda: steps(tmp_path / "run") >= 3)
     os.kill(ranks_of(hit)[1], signal.SIGKILL)
-    said = hit.communicate(timeout=100)[1]
-    assert hit.returncode not in (0, None)
-    assert "error: rank 0 of 2 lost another rank, which died or was killed" in said
+    assert hit.wait(100) != 0
+    assert "error: rank 0 of 2 lost another rank, which died or was killed" in said_by(tmp_path / "run")
     run_id = json.loads((tmp_path / "run" / "run.json").read_text())["run_id"]
     assert MlflowClient(tracking_uri=store).get_run(run_id).info.status == "FAILED"
 
@@ -145,7 +150,7 @@ def test_sigterm_to_one_rank_alone_stops_all_of_them_together_with_a_checkpoint(
     hit = launched(sky, store, tmp_path / "run")
     wait_for(lambda: steps(tmp_path / "run") >= 3)
     os.kill(ranks_of(hit)[1], signal.SIGTERM)
-    hit.communicate(timeout=100)
+    hit.wait(100)
     out = tmp_path / "run"
     last = max(losses(out))
     assert last < 40 and (out / "checkpoints" / f"step-{last:08d}" / "manifest.json").is_file()
@@ -157,7 +162,7 @@ def test_sigterm_to_the_launcher_reaches_the_ranks_and_its_exit_code_says_so(sky
     hit = launched(sky, store, tmp_path / "run")
     wait_for(lambda: steps(tmp_path / "run") >= 3)
     hit.terminate()
-    hit.communicate(timeout=100)
+    hit.wait(100)
     last = max(losses(tmp_path / "run"))
     assert hit.returncode == 143 and (tmp_path / "run" / "checkpoints" / f"step-{last:08d}" / "manifest.json").is_file()
 

@@ -57,7 +57,7 @@ def test_a_mean_over_updates_before_and_after_a_resume_is_that_of_the_undisturbe
     rare = short(NAME, sky, f"{FLAT} --max-steps 7 --loop.log-every 5 --checkpoint.every 3")
     whole = run_here(rare, tmp_path / "whole", store).output_dir
     shutil.copytree(whole, tmp_path / "cut")
-    for path in ("run.json", "metrics.jsonl"):
+    for path in ("run.json", "journal.jsonl"):
         (tmp_path / "cut" / path).unlink()
     for step in (6, 7):
         shutil.rmtree(tmp_path / "cut" / "checkpoints" / f"step-{step:08d}")

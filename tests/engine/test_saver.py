@@ -18,7 +18,9 @@ NUMBERS = {name: {} for name in checkpoint.NUMBERS}
 
 def save(folder, step, elements=1000, keep=None, told=None):
     """Save one tensor; returns why it failed, or None."""
-    saver = Saver(folder, HERE, keep, lambda path, at: (told if told is not None else []).append((path.name, at)))
+    saver = Saver(
+        folder, HERE, keep, lambda path, at, about: (told if told is not None else []).append((path.name, at))
+    )
     saver.save({"weights.a": torch.full((elements,), float(step))}, NUMBERS | {"step": step}, "{}")
     saver.join()
     return saver.failure()
@@ -38,7 +40,7 @@ def test_a_checkpoint_is_told_of_when_it_is_whole_and_nothing_else_is_left(tmp_p
 
 def test_what_is_saved_is_the_state_of_the_moment_not_that_of_the_writing(tmp_path):
     weight = torch.zeros(4_000_000)
-    saver = Saver(tmp_path, HERE, None, lambda path, step: None)
+    saver = Saver(tmp_path, HERE, None, lambda path, step, about: None)
     saver.save({"weights.a": weight}, NUMBERS | {"step": 1}, "{}")
     weight.fill_(7)
     saver.save({"weights.a": weight}, NUMBERS | {"step": 2}, "{}")

@@ -41,7 +41,7 @@ def test_ctrl_c_at_a_terminal_with_data_workers_saves_leaves_with_130_and_loses_
     process = subprocess.Popen(
         command, cwd=tmp_path, env=variables, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists() and len(losses(tmp_path / "run")) > 3)
+    wait_for(lambda: (tmp_path / "run" / "journal.jsonl").exists() and len(losses(tmp_path / "run")) > 3)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the group
     said = process.communicate(timeout=60)[1]
     last = max(losses(tmp_path / "run"))
@@ -84,7 +84,7 @@ def test_a_signal_in_a_long_validation_does_not_wait_for_its_end(sky, store, tmp
     many = many.but(validation=many.validation.but(data=many.data.but(split="train")))
     out = tmp_path / "run"
     process = start(many, tmp_path / "said", output_dir=out, store=store)
-    wait_for(lambda: (out / "metrics.jsonl").exists() and 2 in losses(out))
+    wait_for(lambda: (out / "journal.jsonl").exists() and 2 in losses(out))
     os.kill(process.pid, signal.SIGTERM)
     process.join(60)
     assert process.exitcode == 143 and status(store) == ["KILLED"]
@@ -94,7 +94,7 @@ def test_a_signal_in_a_long_validation_does_not_wait_for_its_end(sky, store, tmp
 def test_the_files_save_and_stop_are_obeyed_at_the_next_step_and_taken_away(sky, store, tmp_path):
     out = tmp_path / "run"
     process = start(short(NAME, sky, "--max-steps 2000"), tmp_path / "said", output_dir=out, store=store)
-    wait_for(lambda: (out / "metrics.jsonl").exists() and len(losses(out)) >= 2)
+    wait_for(lambda: (out / "journal.jsonl").exists() and len(losses(out)) >= 2)
     (out / "save").touch()
     wait_for(lambda: any((out / "checkpoints").glob("step-*/manifest.json")) and not (out / "save").exists())
     (out / "stop").touch()

@@ -16,7 +16,9 @@ from mlflow import MlflowClient
 from PIL import Image
 from safetensors.torch import load_file
 
+from core.deferred import recording
 from core.errors import UserError
+from core.fresh import Fresh
 from core.models.lvdm_unet import LVDMUNet
 from core.outputs import find_run
 from core.slots import AdamW, Launch, ParamGroup
@@ -53,7 +55,9 @@ def test_a_run_leaves_recipe_log_metrics_checkpoints_samples_and_an_export(finis
         "recipe.json",
         "run.json",
         "run.log",
-        "metrics.jsonl",
+        "journal.jsonl",
+        "synced.json",
+        "provenance",
         "checkpoints",
         "samples",
         "export",
@@ -90,7 +94,26 @@ def test_mlflow_has_params_tags_data_metrics_pictures_clips_and_the_state_finish
     artifacts = {a.path for a in client.list_artifacts(result.run_id)}
     assert {"recipe.json", "run.log", "images", "samples"} <= artifacts
     assert any(a.path.endswith("samples.mp4") for a in client.list_artifacts(result.run_id, "samples/step-00000006"))
-    assert any("samples" in a.path for a in client.list_artifacts(result.run_id, "images"))
+    pictures = {a.path.partition("+timestamp")[0] for a in client.list_artifacts(result.run_id, "images")}
+    series = [f"{kind}~{cell}" for kind in ("samples", "reconstructions") for cell in (0, 1)]
+    assert pictures == {f"images/{each}+step+{step}" for each in series for step in (3, 6)}
+
+
+def test_the_kept_checkpoints_are_models_with_the_metrics_of_their_step_and_dataset(finished):
+    results, store = finished
+    result = results["lvdm-short-sky-tiny"]
+    client = MlflowClient(tracking_uri=store)
+    experiment = client.get_run(result.run_id).info.experiment_id
+    models = client.search_logged_models([experiment], filter_string=f"source_run_id = '{result.run_id}'")
+    assert sorted((m.name, m.tags["path"]) for m in models) == [
+        (f"step-0000000{step}-lvdm-short-sky-tiny", f"checkpoints/step-0000000{step}") for step in (4, 6)
+    ]
+    digests = {i.tags[0].value: i.dataset.digest for i in client.get_run(result.run_id).inputs.dataset_inputs}
+    for model in models:
+        found = {m.key: m for m in model.metrics}
+        assert found["loss"].value == losses(result.output_dir)[int(model.params["step"])]
+        assert found["loss"].dataset_digest == digests["training"]
+        assert found["val/loss"].dataset_digest == digests["validation"]
 
 
 def test_the_clips_open_and_have_the_frames_of_the_recipe(finished):
@@ -118,14 +141,14 @@ def test_a_resumed_run_has_bit_for_bit_the_losses_of_an_undisturbed_one(finished
     done = finished[0][name].output_dir
     out = tmp_path / "run"
     shutil.copytree(done, out)
-    (out / "run.json").unlink()
+    for name_of_file in ("run.json", "journal.jsonl", "synced.json"):  # steps that are noted are not noted again
+        (out / name_of_file).unlink()
     shutil.rmtree(out / "checkpoints" / "step-00000006")
-    before = len(journal(out))
     recipe = short(
         name, sky, "--validation.every 3 --validation.sample-every 3 --checkpoint.every 2 --checkpoint.keep 2"
     )
     result = train(recipe, Launch(resume=str(out), store=store, device="cpu"))
-    again = {line["step"]: line for line in journal(out)[before:] if "loss" in line}
+    again = {line["step"]: line for line in journal(out) if "loss" in line}
     assert result.step == 6 and again.keys() == {5, 6}
     for step, line in again.items():
         assert line["loss"] == losses(done)[step]
@@ -201,8 +224,10 @@ def test_a_parameter_group_has_its_own_rate_and_a_pattern_without_match_is_an_er
     recipe = short("lvdm-short-sky-tiny", sky, "--max-steps 2")
     frozen = recipe.but(optim=recipe.optim.but(groups=(ParamGroup(pattern="time_embed", lr_scale=0.0),), ema=None))
     out = run_here(frozen, tmp_path / "run", store).output_dir
-    torch.manual_seed(recipe.loop.seed)
-    fresh, saved = recipe.system.build().trained.state_dict(), load_file(next(out.glob("checkpoints/*/*.safetensors")))
+    with recording() as tape:
+        trained = recipe.system.build().trained
+    Fresh(tape, trained).fill(trained, recipe.loop.seed, torch.device("cpu"))
+    fresh, saved = trained.state_dict(), load_file(next(out.glob("checkpoints/*/*.safetensors")))
     moved = {name for name in fresh if not torch.equal(fresh[name], saved[f"weights.{name}"])}
     assert moved and not any("time_embed" in name for name in moved)
     wrong = recipe.but(optim=AdamW(groups=(ParamGroup(pattern="nowhere"),)))
@@ -243,7 +268,7 @@ def test_bad_samples_are_named_in_the_log_counted_and_stop_the_run_above_the_sha
 
 def test_sigterm_finishes_the_update_saves_and_marks_the_run_killed(sky, store, tmp_path):
     def interrupt():
-        while not (tmp_path / "run" / "metrics.jsonl").is_file() or len(journal(tmp_path / "run")) < 2:
+        while not (tmp_path / "run" / "journal.jsonl").is_file() or len(journal(tmp_path / "run")) < 2:
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGTERM)
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from core import checkpoint, manifest
 from core.errors import UserError
-from core.outputs import run_facts
 from core.recipe_file import dump, read
-from core.weights.load import read_config
+from core.run_facts import run_facts
+from core.weights.stored import read_json
 from registry import get
 from tests.fuzz.hostile import altered, bounded, changed, keeping, kept, outcome, untouched
 
@@ -39,7 +39,7 @@ READERS = {
     "state.json": (STATE, checkpoint.numbers_of),
     "manifest.json": (MANIFEST, manifest.damage),
     "run.json": (FACTS, run_facts),
-    "config.json": (CONFIG, read_config),
+    "config.json": (CONFIG, lambda folder: read_json(folder / "config.json")),
 }
 
 

@@ -119,7 +119,7 @@ def test_an_archive_that_would_fill_the_memory_is_refused_before_it_is_opened():
 def whole(tmp_path_factory):
     """A real checkpoint of a tiny network."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    saver = Saver(folder, HERE, None, lambda path, step: None)
+    saver = Saver(folder, HERE, None, lambda path, step, about: None)
     saver.save(checkpoint.tensors(nn.ModuleDict({"net": NET}), None, None), {"step": 1}, "{}")
     saver.join()
     assert saver.failure() is None

@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 from core.errors import UserError
 from core.models.lvdm_unet import GroupNorm, LVDMUNet, PixelNorm, sinusoids
+from tests.models.drawn import awake, noise, parts_are, size
 
 TINY = {"model_channels": 32, "channel_mult": (1, 2), "num_res_blocks": 1, "attention_resolutions": (1, 2)}
 
@@ -19,44 +20,26 @@ def full():
 
 
 def _awake(**options):
-    """A tiny UNet whose zeroed layers are drawn too, so that every path reaches the output."""
-    torch.manual_seed(0)
-    unet = LVDMUNet(**(TINY | options)).eval()
-    for name, parameter in unet.named_parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.3 if "embeddings" in name else parameter[0].numel() ** -0.5)
-    return unet
-
-
-def _noise(*shape, seed=1):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def _size(module):
-    return sum(parameter.numel() for parameter in module.parameters())
+    return awake(LVDMUNet, **(TINY | options))
 
 
 # ------------------------------------------------------------------------------------------------------------- size
 
 
 def test_the_full_size_is_the_published_one(full):
-    assert _size(full) == 548_904_580
+    assert size(full) == 548_904_580
     assert len(full.state_dict()) == 668
 
 
-@pytest.mark.parametrize(
-    ("part", "parameters", "tensors"),
-    [
+def test_every_part_has_its_published_size(full):
+    parts_are(
+        full,
         ("time_embed", 1_312_768, 4),
         ("input_blocks", 171_957_120, 260),
         ("middle_block", 50_364_928, 34),
         ("output_blocks", 325_260_032, 366),
         ("out", 9_732, 4),
-    ],
-)
-def test_every_part_has_its_published_size(full, part, parameters, tensors):
-    assert _size(getattr(full, part)) == parameters
-    assert len(getattr(full, part).state_dict()) == tensors
+    )
 
 
 A512, A768, A1024 = 2_105_600, 4_731_264, 8_405_504
@@ -88,9 +71,9 @@ OUTPUT = [
 
 
 def test_every_block_has_its_published_layers_and_size(full):
-    assert [[_size(layer) for layer in stage] for stage in full.input_blocks] == INPUT
-    assert [_size(layer) for layer in full.middle_block] == [20_979_712, A1024, 20_979_712]
-    assert [[_size(layer) for layer in stage] for stage in full.output_blocks] == OUTPUT
+    assert [[size(layer) for layer in stage] for stage in full.input_blocks] == INPUT
+    assert [size(layer) for layer in full.middle_block] == [20_979_712, A1024, 20_979_712]
+    assert [[size(layer) for layer in stage] for stage in full.output_blocks] == OUTPUT
 
 
 def test_kernels_see_one_frame_and_keep_five_dimensions(full):
@@ -104,11 +87,11 @@ def test_kernels_see_one_frame_and_keep_five_dimensions(full):
 
 
 def test_blocks_hold_nearly_all_parameters_and_are_called_once_with_tensors(full):
-    assert sum(_size(block) for block in full.blocks()) >= 0.95 * _size(full)
+    assert sum(size(block) for block in full.blocks()) >= 0.95 * size(full)
     unet, calls = LVDMUNet(**TINY), []
     for block in unet.blocks():
         block.register_forward_pre_hook(lambda module, args: calls.append((module, args)))
-    unet(_noise(1, 4, 4, 8, 8), torch.tensor(3))
+    unet(noise(1, 4, 4, 8, 8), torch.tensor(3))
     assert [module for module, _ in calls] == unet.blocks()
     assert all(isinstance(x, torch.Tensor) for _, args in calls for x in args)
 
@@ -123,7 +106,7 @@ def test_timestep_embedding_is_cosines_then_sines():
 
 @pytest.mark.parametrize("frames", [1, 2, 4, 7])
 def test_a_fresh_unet_outputs_exactly_zero_for_any_number_of_frames(frames):
-    y = LVDMUNet(**TINY)(_noise(2, 4, frames, 8, 4), torch.tensor([0, 999]))
+    y = LVDMUNet(**TINY)(noise(2, 4, frames, 8, 4), torch.tensor([0, 999]))
     assert y.shape == (2, 4, frames, 8, 4)
     assert not y.any()
 
@@ -160,7 +143,7 @@ def fresh():
 
 def test_every_parameter_gets_a_gradient_once_the_zeroed_layers_have_left_zero():
     unet = _awake()
-    unet(_noise(2, 4, 4, 8, 8), torch.tensor([5, 900])).square().sum().backward()
+    unet(noise(2, 4, 4, 8, 8), torch.tensor([5, 900])).square().sum().backward()
     assert [name for name, p in unet.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
@@ -169,7 +152,7 @@ def test_every_parameter_gets_a_gradient_once_the_zeroed_layers_have_left_zero()
 
 @torch.no_grad()
 def test_a_timestep_without_dimensions_counts_for_the_whole_batch():
-    unet, x = _awake(), _noise(2, 4, 4, 8, 8)
+    unet, x = _awake(), noise(2, 4, 4, 8, 8)
     expected = unet(x, torch.tensor([37, 37]))
     assert torch.equal(unet(x, torch.tensor(37)), expected)
     assert torch.equal(unet(x, torch.tensor([37.0, 37.0])), expected)
@@ -178,7 +161,7 @@ def test_a_timestep_without_dimensions_counts_for_the_whole_batch():
 
 @torch.no_grad()
 def test_a_sample_does_not_depend_on_its_batch():
-    unet, x = _awake(), _noise(3, 4, 4, 8, 8)
+    unet, x = _awake(), noise(3, 4, 4, 8, 8)
     t = torch.tensor([1, 500, 999])
     alone = torch.cat([unet(x[i : i + 1], t[i : i + 1]) for i in range(3)])
     assert_close(unet(x, t), alone, rtol=0.0, atol=1e-4)
@@ -194,7 +177,7 @@ def test_a_sample_does_not_depend_on_its_batch():
     ],
 )
 def test_the_order_of_frames_is_seen_through_positions_only(options, same):
-    unet, x = _awake(**options), _noise(1, 4, 4, 8, 8)
+    unet, x = _awake(**options), noise(1, 4, 4, 8, 8)
     order = [2, 0, 3, 1]
     moved = unet(x[:, :, order], torch.tensor(9))
     assert torch.allclose(moved, unet(x, torch.tensor(9))[:, :, order], atol=1e-3) is same
@@ -208,13 +191,13 @@ def test_frame_positions_have_no_parameters():
 def test_the_time_embedding_may_be_added_instead_of_scaling_and_shifting():
     unet = _awake(use_scale_shift_norm=False)
     assert unet.input_blocks[1][0].emb_layers[1].weight.shape == (32, 128)
-    x = _noise(1, 4, 4, 8, 8)
+    x = noise(1, 4, 4, 8, 8)
     # with 32 groups over 32 channels what is added in front of the norm cancels: look at the wider level
     assert not torch.allclose(unet(x, torch.tensor(3)), unet(x, torch.tensor(900)), atol=1e-3)
 
 
 def test_dropout_acts_in_training_only():
-    unet, x = _awake(dropout=0.5), _noise(1, 4, 4, 8, 8)
+    unet, x = _awake(dropout=0.5), noise(1, 4, 4, 8, 8)
     assert torch.equal(unet(x, torch.tensor(3)), unet(x, torch.tensor(3)))
     unet.train()
     assert not torch.equal(unet(x, torch.tensor(3)), unet(x, torch.tensor(3)))
@@ -222,7 +205,7 @@ def test_dropout_acts_in_training_only():
 
 def test_sizes_that_do_not_halve_are_refused_with_the_multiple():
     with pytest.raises(UserError, match="H and W multiples of 2"):
-        LVDMUNet(**TINY)(_noise(1, 4, 4, 7, 8), torch.tensor(0))
+        LVDMUNet(**TINY)(noise(1, 4, 4, 7, 8), torch.tensor(0))
 
 
 # ------------------------------------------------------------------------------------------------------------ dtypes
@@ -230,7 +213,7 @@ def test_sizes_that_do_not_halve_are_refused_with_the_multiple():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_gives_nearly_the_same_output_and_finite_gradients(dtype):
-    unet, x = _awake(), _noise(2, 4, 4, 8, 8)
+    unet, x = _awake(), noise(2, 4, 4, 8, 8)
     expected = unet(x, torch.tensor([3, 700])).detach()
     with torch.autocast("cpu", dtype):
         y = unet(x, torch.tensor([3, 700]))
@@ -241,7 +224,7 @@ def test_autocast_gives_nearly_the_same_output_and_finite_gradients(dtype):
 
 
 def test_parameters_may_have_any_dtype():
-    unet, x = _awake(), _noise(1, 4, 4, 8, 8)
+    unet, x = _awake(), noise(1, 4, 4, 8, 8)
     expected = unet(x, torch.tensor(3)).detach()
     y = unet.to(torch.bfloat16)(x, torch.tensor(3))
     assert y.dtype == x.dtype
@@ -251,14 +234,14 @@ def test_parameters_may_have_any_dtype():
 @pytest.mark.parametrize("norm", [GroupNorm, PixelNorm])
 def test_group_norms_compute_in_float32_in_half_precision(norm):
     """Around a mean of 300, float16 squares overflow and bfloat16 loses all of a deviation of 1."""
-    x = (300 + _noise(2, 8, 4, 16)).half()
+    x = (300 + noise(2, 8, 4, 16)).half()
     y = norm(4, 8).half()(x)
     assert y.dtype == torch.float16
     assert_close(y.float(), norm(4, 8)(x.float()), rtol=2e-3, atol=2e-3)
 
 
 def test_the_norm_over_frames_is_a_group_norm_of_every_pixel():
-    norm, x = PixelNorm(4, 8), _noise(2, 8, 3, 5)
+    norm, x = PixelNorm(4, 8), noise(2, 8, 3, 5)
     torch.nn.init.normal_(norm.weight)
     torch.nn.init.normal_(norm.bias)
     pixels = x.permute(0, 3, 1, 2).flatten(0, 1)  # (B P, C, T)
@@ -279,5 +262,5 @@ def test_a_saved_unet_comes_back_with_its_config_and_every_bit(tmp_path):
     again = LVDMUNet.from_pretrained(tmp_path)
     assert all(getattr(again.config, name) == _as_json(value) for name, value in unet.config.items() if name[0] != "_")
     assert all(torch.equal(a, b) for a, b in zip(unet.state_dict().values(), again.state_dict().values(), strict=True))
-    x = _noise(1, 4, 4, 8, 8)
+    x = noise(1, 4, 4, 8, 8)
     assert torch.equal(again(x, torch.tensor(3)), unet(x, torch.tensor(3)))

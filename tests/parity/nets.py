@@ -4,18 +4,39 @@ import inspect
 
 import torch
 
+from core.models.lvdm_text_unet import LVDMTextUNet
 from core.models.lvdm_unet import LVDMUNet
 from core.models.video_vae import VideoAutoencoder
 from core.weights.lvdm import load_strict, original_state
-from tests.parity.recorded import Case
+from core.weights.paddle import paddle_state
+from tests.parity.recorded import GOLDEN, Case
 
 
 def short_unet(case: Case) -> LVDMUNet:
-    known = inspect.signature(LVDMUNet.__init__).parameters
-    options = case.config["constructor"]
-    unet = LVDMUNet(**{name: value for name, value in options.items() if name in known}).eval()
+    return _unet(LVDMUNet, case)
+
+
+def text_unet(case: Case) -> LVDMTextUNet:
+    return _unet(LVDMTextUNet, case)
+
+
+def paddle_text_unet(case: Case, name: str) -> LVDMTextUNet:
+    """From the file that Paddle wrote."""
+    unet = empty_unet(LVDMTextUNet, case)
+    load_strict(unet, paddle_state(GOLDEN / name / "model_state.pdparams", unet))
+    return unet
+
+
+def _unet(kind, case: Case):
+    unet = empty_unet(kind, case)
     load_strict(unet, original_state({f"model.diffusion_model.{k}": v for k, v in case.weights.items()}, "unet"))
     return unet
+
+
+def empty_unet(kind, case: Case):
+    """A UNet of the recorded run's sizes, with fresh weights."""
+    known = inspect.signature(kind.__init__).parameters
+    return kind(**{name: value for name, value in case.config["constructor"].items() if name in known}).eval()
 
 
 def video_vae(case: Case) -> VideoAutoencoder:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import core.models.lvdm_unet as lvdm_unet
+from core.models.lvdm_text_unet import LVDMTextUNet, TemporalAttention
 from core.models.lvdm_unet import LVDMUNet, STAttentionBlock
 from core.models.video_vae import VideoAutoencoder
 
@@ -32,8 +33,8 @@ def _filled(module):
     return module.eval()
 
 
-def _cosine(*shape):
-    return torch.cos(0.11 * torch.arange(math.prod(shape), dtype=torch.float64)).float().reshape(shape)
+def _cosine(*shape, step=0.11):
+    return torch.cos(step * torch.arange(math.prod(shape), dtype=torch.float64)).float().reshape(shape)
 
 
 def _figures(y):
@@ -80,6 +81,33 @@ def test_the_filled_unet_gives_the_original_s_figures_beyond_the_reach_of_relati
         unet(_cosine(1, 4, 6, 8, 8), torch.tensor([37])),
         *(0.225892, 1.581999, 3.26451, 5.60264, 7.19935, 7.69133, 0.09785),
     )
+
+
+@torch.no_grad()
+def test_the_filled_text_unet_gives_the_original_s_figures():
+    unet = _filled(
+        LVDMTextUNet(
+            model_channels=32,
+            channel_mult=(1, 2),
+            num_res_blocks=1,
+            attention_resolutions=(2, 1),
+            num_heads=4,
+            context_dim=16,
+            temporal_length=4,
+        )
+    )
+    assert (sum(p.numel() for p in unet.parameters()), len(unet.state_dict())) == (1_204_708, 412)
+    _is(
+        unet(_cosine(1, 4, 4, 8, 8), torch.tensor([37]), _cosine(1, 5, 16, step=0.23)),
+        *(0.201569, 1.256470, 0.55607, 0.85011, 1.00894, 0.97599, 0.00583),
+    )
+
+
+@torch.no_grad()
+def test_the_filled_attention_over_frames_gives_the_original_s_figures():
+    attention = _filled(TemporalAttention(32, heads=4, reach=4, frame_positions=False, dropout=0.0))
+    y = attention(_cosine(2, 4, 32).unsqueeze(2)).squeeze(2)  # one pixel
+    _is(y, *(0.012483, 0.870992, -0.99419, 1.00802, -0.51943, 0.21054, -0.05852))
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-HEAVY = {"torch", "torchvision", "mlflow", "diffusers", "transformers", "numpy", "av", "PIL"}
+HEAVY = {"torch", "torchvision", "mlflow", "diffusers", "transformers", "numpy", "av", "PIL", "pyarrow"}
 
 
 def imported(file: Path) -> set[str]:

@@ -13,11 +13,21 @@ SIZES = [
     "data.num_frames",
     "system.autoencoder.n_hiddens",
     "system.autoencoder.norm_num_groups",
+    "system.autoencoder.block_out_channels",
+    "system.autoencoder.layers_per_block",
+    "system.conditions.0.max_length",
+    "system.conditions.0.hidden_size",
+    "system.conditions.0.intermediate_size",
+    "system.conditions.0.num_hidden_layers",
+    "system.conditions.0.num_attention_heads",
+    "system.conditions.0.vocab_size",
     "system.denoiser.model_channels",
     "system.denoiser.channel_mult",
     "system.denoiser.num_res_blocks",
     "system.denoiser.num_heads",
     "system.denoiser.attention_resolutions",
+    "system.denoiser.context_dim",
+    "system.denoiser.temporal_length",
     "loop.global_batch",
     "loop.micro_batch",
     "validation.batch_size",
@@ -34,6 +44,9 @@ PATHS = [
     "system.autoencoder.fetch",
     "system.autoencoder.scale_factor",  # a constant of the weights
     "system.autoencoder.shift_factor",
+    "system.conditions.0.weights",
+    "system.conditions.0.source",
+    "system.conditions.0.fetch",
 ]
 SCHEDULE = [
     "optim.lr",
@@ -56,6 +69,19 @@ NAMED = {  # twin → field → the word of its docstring that names it
         "system.objective.loss": "MSE",
         "validation.sampler.eta": "eta",
     },
+    "lvdm-text2video-tiny": {
+        "system.objective.prediction_type": "v-prediction",
+        "system.conditions.0.dropout": "dropout",
+        "system.denoiser.frame_positions": "frame_positions",
+        "loop.precision": "fp32",
+        "loop.activation_checkpointing": "checkpointing",
+        "loop.num_workers": "worker",
+        "validation.metric": "scores",
+        "validation.sampler.eta": "eta",
+        "validation.sampler.guidance_scale": "guidance",
+        "validation.sampler.num_inference_steps": "steps",
+    },
+    "kl-vae-tiny": {"system.loss": "MSE", "data.frame_stride": "frame_stride"},
 }
 TWINS = [name for name in own_names() if name.endswith("-tiny")]
 

@@ -1,0 +1,186 @@
+"""Others' weights as diffusers folders that recipes open, every tensor accounted for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from core.errors import UserError
+from core.weights.fit import Misfit, in_layout_of, misfit
+from core.weights.folder import write_folder
+from core.weights.lazy import Lazy, lazy
+from core.weights.names import component, parts, sort_out
+from core.weights.network import Network
+from core.weights.networks import recognised
+from core.weights.stored import SUFFIXES, Stored, open_stored
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What became of one network."""
+
+    component: str
+    network: str
+    folder: Path
+    tensors: int
+    averaged: bool
+    wrong: Misfit
+    """With `partial`: what was missing or misshapen and is fresh now, and what was not used."""
+    has_constants: bool
+    """Whether scale and shift of the latents came with the weights (True where it is no autoencoder)."""
+
+
+def stored_in(path: Path) -> dict[str, Stored]:
+    """The weights at a path by the name of their folder: one, or those of a pipeline, whose networks have a folder
+    each. The name is "" where the path itself is opened.
+    """
+    if not path.is_dir() or (path / "state.json").is_file() or _weights_in(path):
+        return {"": open_stored(path)}
+    found = {sub.name: open_stored(sub) for sub in sorted(path.iterdir()) if sub.is_dir() and _weights_in(sub)}
+    return found or {"": open_stored(path)}
+
+
+def _weights_in(folder: Path) -> bool:
+    return any(p.suffix in SUFFIXES and p.is_file() for p in folder.iterdir())
+
+
+def groups(name: str, stored: Stored) -> Iterator[tuple[str, bool, dict[str, Lazy], Network | None]]:
+    """Networks in what was opened: component, whether it is a moving average, its tensors, and what it is."""
+    contents = sort_out(stored.tensors)
+    for part, state in parts(contents).items():
+        network = recognised(state)
+        label = part or name.removesuffix("_ema") or (network.component if network else "")
+        yield label, name.endswith("_ema"), state, network
+        if contents.averaged and part in ("unet", ""):
+            yield label, True, _averages(contents, part or label), network
+
+
+def _averages(contents: Any, part: str) -> dict[str, Lazy]:
+    try:
+        return component(contents, part, averaged=True)
+    except UserError:  # of another network of the same checkpoint
+        return {}
+
+
+def import_weights(
+    path: Path,
+    to: Path,
+    *,
+    only: str | None = None,
+    averaged: bool = False,
+    partial: bool = False,
+    modules: Mapping[str, nn.Module] | None = None,
+) -> list[Imported]:
+    """Write the networks at `path` into `to`/<component> as diffusers folders. Each goes into the module of that name
+    in `modules` (the meta device will do), else into the network that its names and shapes tell.
+
+    Raises UserError for a network that is not known, and for one that does not fit unless `partial`.
+    """
+    opened = stored_in(path)
+    if averaged:  # a folder unet_ema stands for unet
+        chosen = {name: stored for name, stored in opened.items() if f"{name}_ema" not in opened}
+    else:
+        chosen = {name: stored for name, stored in opened.items() if not name.endswith("_ema")}
+    plans = [(name, part, stored) for name, stored in chosen.items() for part in _parts_of(name, stored, only)]
+    if not plans:
+        raise UserError(
+            f"{path}: no {only or 'network'} in it that can be imported; `weights info` lists what there is"
+        )
+    kinds = [averaged and _has_average(name, stored, part) for name, part, stored in plans]
+    if averaged and not any(kinds):
+        raise UserError(
+            f"{path}: no moving average in it of {' or '.join(part for _, part, _ in plans)}; leave out --ema"
+        )
+    return [
+        _import_one(stored, part, to, kind, partial, modules or {})
+        for (_, part, stored), kind in zip(plans, kinds, strict=True)
+    ]
+
+
+def _has_average(name: str, stored: Stored, part: str) -> bool:
+    return any(p in (part, "") and kind and state for p, kind, state, _ in groups(name, stored))
+
+
+def _parts_of(name: str, stored: Stored, only: str | None) -> list[str]:
+    """Components to import from what was opened: all that are known, or `only` one, which names may leave open."""
+    found: dict[str, None] = {}
+    for part, _averaged, _state, network in groups(name, stored):
+        if only and part in (only, ""):
+            found[only] = None
+        elif not only and network is not None and network.kind is not None:
+            found[part] = None
+    return list(found)
+
+
+def _import_one(
+    stored: Stored, part: str, to: Path, averaged: bool, partial: bool, modules: Mapping[str, nn.Module]
+) -> Imported:
+    contents = sort_out(stored.tensors)
+    found = component(contents, part, averaged and bool(contents.averaged))
+    network = recognised(found)
+    renamed = network.rename(found) if network else found
+    module = modules.get(part) or _built(stored, part, renamed, network)
+    state = in_layout_of(module, renamed, stored.paddle)
+    wrong = misfit(module, state)
+    if any(wrong) and not partial:
+        raise UserError(
+            f"{stored.path}: {part} does not fit {type(module).__name__} ({len(module.state_dict())} tensors): "
+            f"{wrong}. --partial imports what fits and leaves the rest fresh"
+        )
+    folder = _fresh_folder(to / part)
+    write_folder(module, folder, _completed(module, state) if any(wrong) else state)
+    known = _keep_constants(module, folder, stored.config)
+    return Imported(part, type(module).__name__, folder, len(state), averaged, wrong, known)
+
+
+def _built(stored: Stored, part: str, state: Mapping[str, Lazy], network: Network | None) -> nn.Module:
+    """The module on the meta device, its sizes from the stored config or from shapes."""
+    if network is None or network.kind is None:
+        why = f"it is {network.name}; {network.instead}" if network else "its names are those of no network known here"
+        raise UserError(f"{stored.path}: {part or 'this'} cannot be imported, {why}; --for RECIPE says what it is")
+    try:
+        with torch.device("meta"):
+            return network.kind()(**network.arguments(state, stored.config))
+    except (KeyError, IndexError, ValueError, TypeError, StopIteration) as error:
+        raise UserError(
+            f"{stored.path}: {network.name}, but its sizes cannot be told ({type(error).__name__}: {error}); "
+            "--for RECIPE says what it is"
+        ) from None
+
+
+def _fresh_folder(folder: Path) -> Path:
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"--to {folder.parent}: {folder} is there already; name another folder")
+    return folder
+
+
+def _completed(module: nn.Module, state: Mapping[str, Lazy]) -> dict[str, Lazy]:
+    """What fits, and for the rest a fresh network's own tensors."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        fresh = type(module)(**_constructor(module)).state_dict()
+    fits = {n: e for n, e in state.items() if n in fresh and e.shape == tuple(fresh[n].shape)}
+    return {name: fits.get(name, lazy(tensor)) for name, tensor in fresh.items()}
+
+
+def _constructor(module: Any) -> dict[str, Any]:
+    return {name: value for name, value in module.config.items() if not name.startswith("_")}
+
+
+def _keep_constants(module: Any, folder: Path, config: Mapping[str, Any]) -> bool:
+    """Latent constants belong to weights. A written config that has only a default of them must not look measured."""
+    if not hasattr(module, "constants_of"):
+        return True
+    constants, path = module.constants_of(config), folder / "config.json"
+    entries = json.loads(path.read_text())
+    unknown = module.constants_config(1.0, 0.0)
+    kept = {name: value for name, value in entries.items() if name not in unknown}
+    written = kept | (module.constants_config(*constants) if constants else {})
+    path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
+    return constants is not None
