@@ -16,8 +16,10 @@ CELLS = 8
 """Clips of a validation that are a series of pictures each."""
 ROW = 4
 """Clips side by side in the grid of runs."""
+COLORS = ("#077a9d", "#e65b77", "#8bca84", "#7c5cc4", "#f2a93b", "#1f3a93", "#b5651d", "#4bb8c9", "#c2185b", "#5d6d7e")
+"""Of runs, in turn: MLflow's own are made from ids, and three runs may well be three reds."""
 COLUMNS = {
-    "tags.`recipe.delta`": 430,
+    "tags.`recipe.delta`": 560,
     "metrics.`val/loss`": 90,
     "metrics.`loss`": 90,
     "tags.`recipe`": 180,
@@ -34,6 +36,11 @@ CHARTS = ("loss", "val/loss", "lr", "grad_norm")
 def experiment_tags() -> dict[str, str]:
     """What a new experiment is told about its page."""
     return {TAG: view(0), "mlflow.experimentKind": "custom_model_development"}
+
+
+def next_color(last: str) -> str:
+    """The color of a run, from that of the run before it."""
+    return COLORS[(COLORS.index(last) + 1) % len(COLORS)] if last in COLORS else COLORS[0]
 
 
 def view(step: int) -> str:

@@ -31,10 +31,14 @@ PATCH_LIMIT = 2_000_000
 FOLDER = "provenance"
 
 
-def tags(recipe: Recipe, output_dir: Path, argv: Sequence[str], device: str) -> dict[str, str]:
-    """The tags of a run that begins, or goes on, in this process."""
+def command_line(argv: Sequence[str]) -> str:
+    """The words after the program's name as a command; empty for a run from Python."""
+    return redact(shlex.join(["python", "-m", "registry", *argv])) if argv else ""
+
+
+def tags(recipe: Recipe, output_dir: Path, command: str, device: str) -> dict[str, str]:
+    """The tags of a run that begins, or goes on, in this process; `command` is the one that it began with."""
     delta = recipe_delta(recipe)
-    command = redact(shlex.join(["python", "-m", "registry", *argv])) if argv else ""
     return {
         "recipe": recipe.name,
         "recipe.delta": delta,

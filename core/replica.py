@@ -20,7 +20,7 @@ from core.errors import UserError
 from core.journal import FILE_NAME, Event, read
 from core.logged_models import log_model, remove_stale
 from core.mlflow_limits import METRICS, PARAM_LIMIT, PARAMS, TAG_LIMIT, cut, name, value
-from core.mlflow_page import TAG, experiment_tags, view
+from core.mlflow_page import TAG, experiment_tags, next_color, view
 from core.redact import without_password
 from core.run_facts import Synced, run_facts, write_facts
 from core.tracking import client, first_line
@@ -99,8 +99,10 @@ class Replica:
         return next(iter(runs), None)
 
     def _made(self, begun: Event) -> Any:
-        tags = {"uid": begun["uid"]}
         made = experiment_id(self.mlflow, self.uri, begun["experiment"])
+        before = self.mlflow.search_runs([made], max_results=1, order_by=["attributes.start_time DESC"])
+        last = before[0].data.tags.get("mlflow.runColor", "") if before else ""
+        tags = {"uid": begun["uid"], "mlflow.runColor": next_color(last)}
         return self.mlflow.create_run(made, start_time=begun["time"], tags=tags, run_name=begun["name"])
 
     # -------------------------------------------------------------------------------------------------------- shipping

@@ -159,7 +159,7 @@ class Report:
             "checkpoint",
             path=str(path.relative_to(self.folder)),
             step=step,
-            name=f"{self.recipe.name}-{path.name}".replace(".", "-"),
+            name=f"{path.name}-{self.recipe.name}".replace(".", "-"),  # the page cuts names at the end
             output_dir=str(self.folder.absolute()),
             recipe_hash=recipe_hash(self.recipe),
             files=_manifest(path),

@@ -235,8 +235,11 @@ def open_run(
     _note_facts(output_dir, facts, uri, uid, run_name)
     if not begun:
         title = f"{recipe.name} {run_name}" if DATED.fullmatch(run_name) else run_name
-        journal.append("run", uid=uid, name=title, experiment=recipe.tracking.experiment)
-    _describe(journal, recipe, output_dir, argv, data, device)
+        command = provenance.command_line(argv)
+        journal.append("run", uid=uid, name=title, experiment=recipe.tracking.experiment, command=command)
+    else:
+        journal.append("tags", values={"resumed.command": provenance.command_line(argv)})
+    _describe(journal, recipe, output_dir, data, device)
     tracker = Tracker(journal, Replica(output_dir, uri), device)
     tracker.start()
     return tracker
@@ -251,18 +254,15 @@ def _note_facts(folder: Path, facts: dict[str, Any], uri: str, uid: str, run_nam
 
 
 def _describe(
-    journal: Journal,
-    recipe: Recipe,
-    output_dir: Path,
-    argv: Sequence[str],
-    data: dict[str, dict[str, str | int]],
-    device: str,
+    journal: Journal, recipe: Recipe, output_dir: Path, data: dict[str, dict[str, str | int]], device: str
 ) -> None:
     """Everything that is known before the first step, for a run that begins or goes on."""
     about, patch = provenance.code()
     own = dict(tag.split("=", 1) for tag in recipe.tracking.tags)
     journal.append("state", status="RUNNING")
-    journal.append("tags", values=provenance.tags(recipe, output_dir, argv, device) | about | own)
+    journal.append(
+        "tags", values=provenance.tags(recipe, output_dir, journal.last["run"]["command"], device) | about | own
+    )
     journal.append("params", values={k: str(v) for k, v in flatten(recipe).items()})
     journal.append("data", sets=[_dataset(recipe, context, described) for context, described in data.items()])
     for path in [output_dir / "recipe.json", *provenance.write_files(output_dir, patch)]:

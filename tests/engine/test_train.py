@@ -92,7 +92,26 @@ def test_mlflow_has_params_tags_data_metrics_pictures_clips_and_the_state_finish
     artifacts = {a.path for a in client.list_artifacts(result.run_id)}
     assert {"recipe.json", "run.log", "images", "samples"} <= artifacts
     assert any(a.path.endswith("samples.mp4") for a in client.list_artifacts(result.run_id, "samples/step-00000006"))
-    assert any("samples" in a.path for a in client.list_artifacts(result.run_id, "images"))
+    pictures = {a.path.partition("+timestamp")[0] for a in client.list_artifacts(result.run_id, "images")}
+    series = [f"{kind}~{cell}" for kind in ("samples", "reconstructions") for cell in (0, 1)]
+    assert pictures == {f"images/{each}+step+{step}" for each in series for step in (3, 6)}
+
+
+def test_the_kept_checkpoints_are_models_with_the_metrics_of_their_step_and_dataset(finished):
+    results, store = finished
+    result = results["lvdm-short-sky-tiny"]
+    client = MlflowClient(tracking_uri=store)
+    experiment = client.get_run(result.run_id).info.experiment_id
+    models = client.search_logged_models([experiment], filter_string=f"source_run_id = '{result.run_id}'")
+    assert sorted((m.name, m.tags["path"]) for m in models) == [
+        (f"step-0000000{step}-lvdm-short-sky-tiny", f"checkpoints/step-0000000{step}") for step in (4, 6)
+    ]
+    digests = {i.tags[0].value: i.dataset.digest for i in client.get_run(result.run_id).inputs.dataset_inputs}
+    for model in models:
+        found = {m.key: m for m in model.metrics}
+        assert found["loss"].value == losses(result.output_dir)[int(model.params["step"])]
+        assert found["loss"].dataset_digest == digests["training"]
+        assert found["val/loss"].dataset_digest == digests["validation"]
 
 
 def test_the_clips_open_and_have_the_frames_of_the_recipe(finished):

@@ -36,7 +36,7 @@ def checkpoint(tracker: Tracker, step: int) -> None:
         "checkpoint",
         path=str(path.relative_to(tracker.folder)),
         step=step,
-        name=f"lvdm-short-sky-tiny-{path.name}",
+        name=f"{path.name}-lvdm-short-sky-tiny",
         output_dir=str(tracker.folder),
         recipe_hash="c0ffee",
         files={"state.json": {"sha256": "ab"}},

@@ -10,22 +10,20 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image
 
-from tests.tracking.servers import free_port
+from tests.tracking.servers import free_port, wait_for
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 60_000
 """Milliseconds of the page's own time, which stands still while it waits for the server."""
 SHOTS = (
     ("mlflow-runs", "runs with what differs", (1500, 480)),
-    ("mlflow-samples", "samples side by side", (1500, 1180)),
+    ("mlflow-samples", "samples side by side", (1500, 1440)),
 )
 """File, the address that `registry ui` prints behind these words, size in pixels."""
 
@@ -47,24 +45,12 @@ def page(store: str) -> Iterator[dict[str, str]]:
     with tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen(words, cwd=ROOT, env=env, stdout=said, stderr=said, start_new_session=True)
         try:
-            _wait(f"http://[::1]:{port}/health", process)
+            wait_for(f"http://[::1]:{port}/health", process)
             said.seek(0)
             yield dict(re.findall(r"^ +(\S.*?)  +(http\S+)$", said.read(), re.M))
         finally:
             os.killpg(process.pid, signal.SIGTERM)
             process.wait(60)
-
-
-def _wait(url: str, process: subprocess.Popen) -> None:
-    end = time.monotonic() + 120
-    while True:
-        try:
-            urllib.request.urlopen(url, timeout=5).close()
-            return
-        except OSError:
-            if process.poll() is not None or time.monotonic() > end:
-                raise
-            time.sleep(0.2)
 
 
 def browse(url: str, *options: str) -> str:

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from registry import get
-from tests.tracking.running import everything, opened, picture
+from tests.tracking.running import everything, opened, picture, runs_of
 from tests.tracking.screenshots import SHOTS, browse, chromium, page, shoot
 
 pytestmark = pytest.mark.skipif(chromium() is None, reason="no Chromium here (Debian: apt install chromium)")
@@ -20,6 +20,8 @@ def test_the_page_shows_names_deltas_models_and_the_samples_of_all_runs_at_the_n
         for cell in range(4):
             picture(tracker, 75, cell)
         tracker.close("FINISHED")
+    colors = [run.data.tags["mlflow.runColor"] for run in runs_of(store)]
+    assert len(set(colors)) == 2
     with page(store) as addresses:
         texts = {}
         for name, words, size in SHOTS:

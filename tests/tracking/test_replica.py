@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import time
 
 import pytest
 from mlflow import MlflowClient
@@ -47,7 +48,7 @@ def test_everything_that_the_journal_says_is_in_mlflow(closed, store):
     assert {"recipe.json", "run.log", "provenance/environment.txt"} <= paths
     assert sum(path.startswith("images/samples~0+step+3+") for path in paths) == 2  # and its thumbnail
     ((model, status, metrics),) = found["models"]
-    assert (model, status) == ("lvdm-short-sky-tiny-step-00000003", "READY")
+    assert (model, status) == ("step-00000003-lvdm-short-sky-tiny", "READY")
     assert {(key, value) for key, value, _ in metrics} == {("loss", 1 / 3), ("lr", 1e-3), ("val/loss", 0.5)}
     assert found["outputs"] == 1
 
@@ -154,16 +155,18 @@ def test_a_kill_between_making_the_run_and_noting_its_id_leaves_one_run(tmp_path
 
 
 def test_a_run_that_goes_on_is_the_same_run_with_the_points_of_one(tmp_path, store):
-    first = opened(tmp_path / "run", store)
+    first = opened(tmp_path / "run", store, argv=("run", "lvdm-short-sky-tiny"))
     for step in range(1, 8):
         first.metrics({"loss": 1.0 / step}, step)
     first.close("KILLED")
-    second = opened(tmp_path / "run", store)  # its checkpoint was of step 4
+    second = opened(tmp_path / "run", store, argv=("resume", "run"))  # its checkpoint was of step 4
     for step in range(5, 11):
         second.metrics({"loss": 1.0 / step}, step)
     second.close("FINISHED")
     history = points(MlflowClient(tracking_uri=store), second.run_id, "loss")
     assert second.run_id == first.run_id and [step for step, *_ in history] == list(range(1, 11))
+    tags = content(store, second.run_id)["tags"]
+    assert tags["command"].endswith("run lvdm-short-sky-tiny") and tags["resumed.command"].endswith("resume run")
 
 
 def test_another_store_gets_a_whole_copy_and_the_first_is_left_alone(closed, store, tmp_path, _migrated_store):
@@ -280,10 +283,14 @@ def test_checkpoints_that_were_not_kept_are_no_models_any_more(tmp_path, store):
     for step in (2, 4, 6):
         tracker.metrics({"loss": 1.0 / step}, step)
         checkpoint(tracker, step)
+        deadline = time.monotonic() + 200
+        while tracker.replica.left() and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert len(content(store, tracker.run_id)["models"]) == 3
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000002")
     tracker.close("FINISHED")
     models = content(store, tracker.run_id)["models"]
-    assert [model for model, *_ in models] == [f"lvdm-short-sky-tiny-step-0000000{step}" for step in (4, 6)]
+    assert [model for model, *_ in models] == [f"step-0000000{step}-lvdm-short-sky-tiny" for step in (4, 6)]
     client = MlflowClient(tracking_uri=store)
     (model, _) = client.search_logged_models(["1"], filter_string=f"source_run_id = '{tracker.run_id}'")
     assert model.params["step"] in ("4", "6") and model.model_type == "checkpoint"

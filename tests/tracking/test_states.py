@@ -169,7 +169,7 @@ def test_a_process_that_was_killed_but_not_yet_buried_does_not_run():
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
         assert provenance.started(process.pid)
         process.kill()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 100
         while provenance.started(process.pid) and time.monotonic() < deadline:
             time.sleep(0.01)
         assert provenance.started(process.pid) == ""  # a zombie, until the end of the block
@@ -182,7 +182,7 @@ def test_a_living_run_gives_signs_of_life(tmp_path, store, monkeypatch):
     monkeypatch.setattr(module, "LINGER", 0.1)
     client = MlflowClient(tracking_uri=store)
     tracker = opened(tmp_path / "run", store)
-    seen, deadline = set(), time.monotonic() + 30
+    seen, deadline = set(), time.monotonic() + 200
     while len(seen) < 3 and time.monotonic() < deadline:
         seen.add(client.get_run(tracker.run_id).data.tags.get("heartbeat"))
         time.sleep(0.1)
@@ -201,7 +201,7 @@ def test_the_machine_is_measured_at_steps_of_its_own_that_a_resumed_run_continue
         begun = len(
             [e for e, _ in read(tracker.journal.path) if "system/cpu_utilization_percentage" in e.get("values", ())]
         )
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 200
         while tracker.journal.latest.get("system/cpu_utilization_percentage", (0, -1))[1] < begun + 2:
             assert time.monotonic() < deadline
             time.sleep(0.05)
