@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from core.events import is_event
 from core.redact import redact_all
 
 FILE_NAME = "journal.jsonl"
@@ -26,6 +27,10 @@ NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 """JSON has no such numbers; they stand as these texts."""
 _ENCODER = json.JSONEncoder(allow_nan=False)
 """Kept: `json.dumps` with an option makes one for every line."""
+
+
+LONGEST = 2**24
+"""Bytes of a line at most; the longest ones name the files of a checkpoint."""
 
 
 class Point(NamedTuple):
@@ -161,13 +166,13 @@ def parse(line: bytes) -> Event | None:
     """The event of a line; None for a damaged one."""
     try:
         event = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    if not isinstance(event, dict) or not isinstance(event.get("event"), str) or "time" not in event:
+    if not is_event(event):
         return None
     if event["event"] == "metrics":
-        event["values"] = {k: NON_FINITE.get(v, v) if isinstance(v, str) else v for k, v in event["values"].items()}
-    return event
+        event["values"] = {k: NON_FINITE[v] if isinstance(v, str) else v for k, v in event["values"].items()}
+    return event  # type: ignore[no-any-return]
 
 
 def read(path: Path, offset: int = 0) -> Iterator[tuple[Event, int]]:
@@ -176,9 +181,12 @@ def read(path: Path, offset: int = 0) -> Iterator[tuple[Event, int]]:
     """
     with path.open("rb") as file:
         file.seek(offset)
-        while (line := file.readline()).endswith(b"\n"):
+        whole = True  # this part is a line, not the rest of one that is too long to be an event
+        while (line := file.readline(LONGEST)).endswith(b"\n") or len(line) == LONGEST:
             offset += len(line)
-            event = parse(line)
+            ended = line.endswith(b"\n")
+            event = parse(line) if whole and ended else None
+            whole = ended
             if event is not None:
                 yield event, offset
 
@@ -189,14 +197,14 @@ def mend(path: Path) -> int:
         size = file.seek(0, os.SEEK_END)
         start = _last_line(file, size)
         file.seek(start)
-        tail = file.read()
+        tail = file.read(LONGEST)
         if not tail:
             return 0
         if parse(tail) is not None:
             file.write(b"\n")
             return 0
         file.truncate(start)
-        return len(tail)
+        return int(size - start)
 
 
 def _last_line(file: Any, size: int) -> int:

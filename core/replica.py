@@ -12,6 +12,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,8 +125,8 @@ class Replica:
         owed = self._synced.owed
         self._synced.owed = []
         for start in owed:
-            event, _ = next(read(self.journal, start))
-            self._send(event["event"], [(event, start)])
+            for event, _ in islice(read(self.journal, start), 1):
+                self._send(event["event"], [(event, start)])
         if owed:
             self._synced.owe(self._synced.owed)
 
@@ -259,9 +260,22 @@ class Replica:
         self.mlflow.set_terminated(self.run_id, status, end)
 
     def _is_there(self, path: Path) -> bool:
+        """Whether a file of the run can be sent: nothing else of this machine is, whatever links there are."""
         if not path.exists():
             self.skipped.append(f"{path} is gone")
-        return path.exists()
+            return False
+        leaves = [each for each in (path, *path.rglob("*")) if not _within(each, self.folder)]
+        if leaves:
+            self.skipped.append(f"{leaves[0]} leads out of {self.folder}")
+        return not leaves
+
+
+def _within(path: Path, folder: Path) -> bool:
+    """Whether the file itself, behind all links, lies in the folder."""
+    try:
+        return path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):  # links in a circle
+        return False
 
 
 def _parts(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
@@ -285,7 +299,7 @@ def experiment_id(mlflow: MlflowClient, uri: str, title: str) -> str:
 
     experiment = mlflow.get_experiment_by_name(title)
     if experiment is None:
-        path = Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts" / title
+        path = Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts" / name(title)
         beside = path.as_uri() if uri.startswith("sqlite:///") else None
         try:
             return str(mlflow.create_experiment(title, artifact_location=beside, tags=experiment_tags()))
@@ -307,7 +321,7 @@ def _write_picture(source: Path, folder: Path, event: Event) -> None:
     series = name(event["key"]).replace("/", "~")
     same = uuid.uuid5(uuid.NAMESPACE_URL, f"{event['key']} {event['step']} {event['time']}")
     stem = f"{series}+step+{event['step']}+timestamp+{event['time']}+{same}"
-    with Image.open(source) as image:
+    with Image.open(source, formats=("PNG",)) as image:
         image.save(folder / f"{stem}.png")
         small = image.convert("RGB")
         small.thumbnail((THUMBNAIL, THUMBNAIL))

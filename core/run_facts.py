@@ -13,11 +13,14 @@ from typing import Any
 from core.files import read_json
 
 FILE_NAME, SYNCED = "run.json", "synced.json"
+LIMIT = 2**20
+"""Bytes of such a file, at most."""
 
 
 def run_facts(folder: Path) -> dict[str, Any]:
     """uid, MLflow run id, store (without password) and run name of the run in `folder`; empty where there is none."""
-    return _load(folder / FILE_NAME)
+    facts = _load(folder / FILE_NAME)
+    return facts if all(isinstance(v, bool) or (isinstance(v, str) and v.isprintable()) for v in facts.values()) else {}
 
 
 def write_facts(folder: Path, facts: dict[str, Any]) -> None:
@@ -31,6 +34,7 @@ class Synced:
     def __init__(self, folder: Path, store: str) -> None:
         self._path, self._store = folder / SYNCED, store
         entry = _load(self._path).get(store, {})
+        entry = entry if _is_entry(entry) else {}
         self.run_id, self.offset = str(entry.get("run_id", "")), int(entry.get("offset", 0))
         self.owed: list[int] = list(entry.get("owed", []))
         """Where events begin that the store did not take while it took others: files, when only the artifact store is
@@ -60,9 +64,16 @@ class Synced:
         _replace(self._path, _load(self._path) | {self._store: entry})
 
 
+def _is_entry(entry: Any) -> bool:
+    if not isinstance(entry, dict) or not isinstance(entry.get("owed"), list):
+        return False
+    offsets = [entry.get("offset"), *entry["owed"]]
+    return isinstance(entry.get("run_id"), str) and all(type(n) is int and 0 <= n < 2**62 for n in offsets)
+
+
 def _load(path: Path) -> dict[str, Any]:
     try:
-        value = read_json(path, 2**20)
+        value = read_json(path, LIMIT)
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
