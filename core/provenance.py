@@ -14,7 +14,7 @@ import shlex
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -149,12 +149,20 @@ def versions() -> dict[str, str]:
 
 def environment() -> str:
     """Every installed package with its version, a line each, below Python, platform and the CUDA that torch has."""
-    packages = sorted({f"{d.metadata['Name']}=={d.version}" for d in metadata.distributions()}, key=str.lower)
+    packages = sorted(set(_packages()), key=str.lower)
     head = [f"# Python {platform.python_version()} ({sys.executable})", f"# {platform.platform()}"]
     if "torch" in sys.modules:
         torch = sys.modules["torch"]
         head.append(f"# CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}")
     return "\n".join([*head, *packages]) + "\n"
+
+
+def _packages() -> Iterator[str]:
+    for each in metadata.distributions():
+        try:
+            yield f"{each.metadata['Name']}=={each.version}"
+        except (KeyError, TypeError, OSError, metadata.PackageNotFoundError) as error:  # half of it was removed
+            yield f"# a package without metadata: {type(error).__name__}"
 
 
 # ---------------------------------------------------------------------------------------------------------------- code

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
@@ -36,6 +37,10 @@ THUMBNAIL = 256
 """Longer side, in pixels, of the small copy that MLflow's grids show."""
 
 
+class Abandoned(Exception):
+    """Nobody waits for this sending any more."""
+
+
 class Replica:
     """A run in one store. Nothing is sent before `connect`; every call may raise what MLflow raises."""
 
@@ -45,6 +50,8 @@ class Replica:
         self.run_id = ""
         self.skipped: list[str] = []
         """What could not be sent, ever: refused by MLflow, or a file that is gone."""
+        self.abandoned = threading.Event()
+        """Set by whoever waits no longer: nothing new is begun then, such as a run that someone else may be making."""
         self._client: MlflowClient | None = None
         self._experiment = ""
         self._synced = Synced(folder, self.store)
@@ -71,11 +78,17 @@ class Replica:
         begun = next((event for event, _ in read(self.journal) if event["event"] == "run"), None)
         if begun is None:
             raise UserError(f"{self.journal} does not say which run it is of")
-        run = self._known() or self._found(begun) or self._made(begun)
+        run = self._known() or self._found(begun)
+        self._go_on()
+        run = run or self._made(begun)
         self._experiment, run_id = run.info.experiment_id, run.info.run_id
         self._synced.belong(run_id)
         note_run_id(self.folder, self.store, run_id)
         self.run_id = run_id
+
+    def _go_on(self) -> None:
+        if self.abandoned.is_set():
+            raise Abandoned
 
     def _known(self) -> Any:
         from mlflow.exceptions import MlflowException
@@ -115,6 +128,7 @@ class Replica:
         """Send what is new, up to EVENTS events. Returns how many went; 0: nothing is left."""
         sent = 0
         for kind, group, end in self._groups():
+            self._go_on()
             self._send(kind, group)
             self._synced.advance(end)
             sent += len(group)

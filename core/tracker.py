@@ -20,7 +20,7 @@ from core import provenance
 from core.errors import UserError
 from core.journal import FILE_NAME, InUse, Journal
 from core.redact import redact, without_password
-from core.replica import Replica
+from core.replica import Abandoned, Replica
 from core.run_facts import run_facts, write_facts
 from core.slots import Recipe
 from core.slots.slot import flatten
@@ -53,7 +53,6 @@ class Tracker:
         self.journal, self.replica, self.folder = journal, replica, journal.path.parent
         self.say: Callable[[str], None] = to_stderr
         self._ending = threading.Event()
-        self._abandoned = threading.Event()
         self._answered = threading.Event()
         self._refusal: UserError | None = None
         self._told = self._full = False
@@ -105,7 +104,7 @@ class Tracker:
         self.append("state", status=status)
         self._ending.set()
         self._shipper.join(EXIT_WAIT)
-        self._abandoned.set()
+        self.replica.abandoned.set()
         if left := self.replica.left():
             self.say(
                 f"MLflow at {redact(self.replica.uri)} lacks {left:,} lines of this run's journal; when it answers: "
@@ -117,7 +116,7 @@ class Tracker:
 
     def _stop(self) -> None:
         self._ending.set()
-        self._abandoned.set()
+        self.replica.abandoned.set()
         self._keeper.join()
         self._note(self.journal.close)
 
@@ -158,11 +157,13 @@ class Tracker:
     def _ship(self) -> None:
         """Send until the end. A failure is followed by a pause; at the end there is one more try and no pause."""
         pause, beat = 1.0, 0.0
-        while not self._abandoned.is_set():
+        while not self.replica.abandoned.is_set():
             ending = self._ending.is_set()
             try:
                 beat = self._send(beat)
                 pause = 1.0
+            except Abandoned:
+                return
             except UserError as error:
                 self._refuse(error)
             except Exception as error:  # noqa: BLE001  whatever the store does, training goes on
@@ -180,7 +181,7 @@ class Tracker:
         if not self.replica.connected:
             self.replica.connect()
             self._answered.set()
-        while self.replica.ship() and not self._abandoned.is_set():
+        while self.replica.ship() and not self.replica.abandoned.is_set():
             continue
         if time.monotonic() - beat >= HEARTBEAT and not self._ending.is_set():
             self.replica.beat()
@@ -196,7 +197,7 @@ class Tracker:
             self._complain(str(error))
         else:
             self._refusal = error
-            self._abandoned.set()
+            self.replica.abandoned.set()
             self._answered.set()
 
     def _complain(self, why: str) -> None:
@@ -230,23 +231,34 @@ def open_run(
         journal = Journal(output_dir / FILE_NAME, LOCK_WAIT)
     except InUse as error:
         raise UserError(f"{output_dir}: {error}; it cannot go on twice at a time") from None
+    try:
+        _begin(journal, recipe, facts, uri, run_name, argv)
+        _describe(journal, recipe, output_dir, data, device)
+    except BaseException:
+        journal.close()
+        raise
+    tracker = Tracker(journal, Replica(output_dir, uri), device)
+    tracker.start()
+    return tracker
+
+
+def _begin(
+    journal: Journal, recipe: Recipe, facts: dict[str, Any], uri: str, run_name: str, argv: Sequence[str]
+) -> None:
+    """Who the run is. The uid is on the disk before there is a run in MLflow, so that no kill leaves one behind."""
     begun = journal.last.get("run", {})
     uid = facts.get("uid") or begun.get("uid") or uuid.uuid4().hex
-    _note_facts(output_dir, facts, uri, uid, run_name)
+    _note_facts(journal.path.parent, facts, uri, uid, run_name)
     if not begun:
         title = f"{recipe.name} {run_name}" if DATED.fullmatch(run_name) else run_name
         command = provenance.command_line(argv)
         journal.append("run", uid=uid, name=title, experiment=recipe.tracking.experiment, command=command)
     else:
         journal.append("tags", values={"resumed.command": provenance.command_line(argv)})
-    _describe(journal, recipe, output_dir, data, device)
-    tracker = Tracker(journal, Replica(output_dir, uri), device)
-    tracker.start()
-    return tracker
 
 
 def _note_facts(folder: Path, facts: dict[str, Any], uri: str, uid: str, run_name: str) -> None:
-    """The uid is on the disk before there is a run in MLflow, so that no kill leaves one that is not found again."""
+    """Write run.json; the id of a run in another store is left out."""
     store = without_password(uri)
     same = facts.get("store") == store
     known = {"run_id": facts["run_id"]} if same and facts.get("run_id") else {}

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from tests.tracking.servers import free_port, wait_for
+from tests.tracking.servers import end_with_parent, free_port, wait_for
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 60_000
@@ -43,7 +43,8 @@ def page(store: str) -> Iterator[dict[str, str]]:
     words = [sys.executable, "-m", "registry", "ui", "--store", store, "--host", "::1", "--port", str(port)]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(words, cwd=ROOT, env=env, stdout=said, stderr=said, start_new_session=True)
+        alone = {"start_new_session": True, "preexec_fn": end_with_parent}
+        process = subprocess.Popen(words, cwd=ROOT, env=env, stdout=said, stderr=said, **alone)
         try:
             wait_for(f"http://[::1]:{port}/health", process)
             said.seek(0)

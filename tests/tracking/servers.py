@@ -1,7 +1,9 @@
 """Real MLflow servers, and the three ways in which one fails: dead, deaf and slow."""
 
+import ctypes
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -28,6 +30,11 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def end_with_parent() -> None:
+    """In a child that is about to start: be asked to end when the test's process is gone, even by kill -9."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
 @contextmanager
 def server(folder: Path, template: Path, port: int = 0, password: str = "") -> Iterator[str]:
     """`mlflow server` over a copy of a migrated store; with `password`, behind basic auth. Yields its address."""
@@ -43,7 +50,8 @@ def server(folder: Path, template: Path, port: int = 0, password: str = "") -> I
         env |= {"MLFLOW_AUTH_CONFIG_PATH": str(folder / "auth.ini"), "MLFLOW_FLASK_SERVER_SECRET_KEY": "of this test"}
         command += ["--app-name", "basic-auth"]
     with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=log, start_new_session=True)
+        alone = {"start_new_session": True, "preexec_fn": end_with_parent}
+        process = subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=log, **alone)
         try:
             wait_for(f"http://127.0.0.1:{port}/health", process)
             yield f"http://127.0.0.1:{port}"
@@ -87,7 +95,11 @@ def _forward(listening: socket.socket, to: tuple[str, int], seconds: float) -> N
             near, _ = listening.accept()
         except OSError:  # closed: the test is over
             return
-        far = socket.create_connection(to)
+        try:
+            far = socket.create_connection(to)
+        except OSError:
+            near.close()
+            continue
         for pair in ((near, far, 0.0), (far, near, seconds)):
             threading.Thread(target=_pump, args=pair, daemon=True).start()
 
@@ -98,6 +110,6 @@ def _pump(source: socket.socket, sink: socket.socket, seconds: float) -> None:
             time.sleep(seconds)
             sink.sendall(data)
         sink.shutdown(socket.SHUT_WR)
-    except OSError:
+    except OSError:  # the other direction has closed both
         source.close()
         sink.close()
