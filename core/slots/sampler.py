@@ -2,7 +2,7 @@
 
 A sampler says itself which networks it can sample from (`predicts`) and in how many steps, so that a recipe with one
 that does not fit is refused before anything runs. Where noise levels can be spaced as in arXiv 2206.00364 (equation 5)
-they are by default: on Gaussian data, whose exact path is known, DPM-Solver++ in 20 steps then has an eighth of the
+they are by default: on Gaussian data, whose exact path is known, DPM-Solver++ in 20 steps then has a thirteenth of the
 error that it has with evenly spaced timesteps (docs/sampling.md).
 """
 
@@ -79,6 +79,16 @@ def _schedule(objective: Objective) -> dict[str, Any]:
 def _most_leading_steps(total: int) -> int:
     """LVDM's timesteps are 1 + k floor(T / S): in T steps they would visit timestep T, which no network has seen."""
     return max(total - 1, 1)
+
+
+def _check_order(slot: DPMSolverMultistep | UniPC) -> None:
+    if slot.solver_order not in (1, 2, 3):
+        slot.refuse("solver_order", "must be 1, 2 or 3")
+
+
+def _most_of_one_more_level(slot: DPMSolverMultistep | UniPC, total: int) -> int:
+    """Even timesteps are those of one step more, and two that are the same would divide by zero."""
+    return total if slot.karras_sigmas else total - 1
 
 
 class DDIM(Sampler):
@@ -225,11 +235,10 @@ class DPMSolverMultistep(Sampler):
 
     def check(self) -> None:
         super().check()
-        if self.solver_order not in (1, 2, 3):
-            self.refuse("solver_order", "must be 1, 2 or 3")
+        _check_order(self)
 
     def most_steps(self, total: int) -> int:
-        return total if self.karras_sigmas else total - 1  # one more level than steps, all different
+        return _most_of_one_more_level(self, total)
 
     def scheduler(self, objective: Objective) -> Any:
         from diffusers import DPMSolverMultistepScheduler
@@ -246,17 +255,16 @@ class UniPC(Sampler):
     """UniPC (arXiv 2302.04867): a predictor of DPM-Solver++'s kind with a corrector that costs no evaluation."""
 
     solver_order: int = 2
-    """Order of the predictor; the corrector's is one more."""
+    """Order of the predictor, 1 to 3; the corrector's is one more."""
     karras_sigmas: bool = True
     """Space the noise levels as in arXiv 2206.00364, equation 5. False: even timesteps."""
 
     def check(self) -> None:
         super().check()
-        if self.solver_order not in (1, 2, 3):
-            self.refuse("solver_order", "must be 1, 2 or 3")
+        _check_order(self)
 
     def most_steps(self, total: int) -> int:
-        return total if self.karras_sigmas else total - 1
+        return _most_of_one_more_level(self, total)
 
     def scheduler(self, objective: Objective) -> Any:
         from diffusers import UniPCMultistepScheduler
