@@ -242,16 +242,30 @@ def _resume(words: list[str]) -> int:
 
 def _sample(words: list[str]) -> int:
     from core.cli import parse
-    from core.verbs.flags import SampleFlags
+    from core.errors import UserError
+    from core.verbs.flags import SampleFlags, value_of
 
     if _wants_help(words):
         return _help(words, "sample", SampleFlags())
     (where,) = _first(words, "sample")
-    (flags,) = parse(words[1:], SampleFlags())
-    _recipes()
-    from core.verbs.sample import sample
+    named = {flag: value_of(flag, words[1:]) for flag in ("recipe", "weights", "store")}
+    known = names()
+    from core.sources import find_source
 
-    print(sample(where, **flags.arguments()))
+    try:
+        source = find_source(where, get, known, **named)
+    except UserError:
+        parse(words[1:], SampleFlags())  # a mistyped flag is the nearer mistake
+        raise
+    (flags,) = parse(words[1:], SampleFlags(sampler=source.recipe.validation.sampler))
+    from core.verbs.run import torchrun
+    from core.verbs.sample import run as make
+
+    if flags.nproc > 1 and "WORLD_SIZE" not in os.environ:
+        return torchrun(flags.nproc, ["sample", *words])
+    out = make(source, flags)
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(out)
     return 0
 
 

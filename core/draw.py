@@ -58,6 +58,10 @@ class Draw:
         rows = [torch.randn(*shape, generator=self._generator(key, name), device="cpu") for key in self.keys]
         return torch.stack(rows).to(self.device, non_blocking=True)
 
+    def generators(self, name: str) -> list[torch.Generator]:
+        """What `noise` of this name is drawn from, one a sample, for libraries that draw themselves."""
+        return [self._generator(key, name) for key in self.keys]
+
     def chances(self, name: str) -> list[float]:
         """Uniform in [0, 1), one a sample, on the host: for what is decided there."""
         return [torch.rand((), generator=self._generator(key, name), device="cpu").item() for key in self.keys]

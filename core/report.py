@@ -21,7 +21,7 @@ from core.journal import said
 from core.media import enlarged, four_frames, sheet, tiled, to_uint8, write_gif, write_mp4
 from core.mlflow_page import CELLS
 from core.progress import Progress
-from core.recipe_file import recipe_hash
+from core.recipe_file import FILE_NAME, dump, recipe_hash
 from core.redact import redact
 from core.slots import Launch, Recipe
 from core.stopping import Stop
@@ -205,6 +205,7 @@ class Report:
                         weights[name][key] = whole.cpu()
             if self.here.first:
                 system.export(folder, weights)
+                (folder / FILE_NAME).write_text(dump(self.recipe))  # `sample` opens the folder wherever it goes
         return folder
 
     def newest(self) -> dict[str, Any]:

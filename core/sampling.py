@@ -23,6 +23,8 @@ DenoiseTold = Callable[[Tensor, Tensor, Tensor], Tensor]
 """The same, told a condition (B, N, D)."""
 StepNoise = Callable[[int, Sequence[int]], Tensor]
 """(index of the step, shape) -> standard normal noise."""
+Generators = Callable[[int], list[torch.Generator]]
+"""index of the step -> what each sample's noise is drawn from, for schedulers that draw themselves."""
 
 
 def ddim(
@@ -92,33 +94,52 @@ def sample(
     num_inference_steps: int,
     eta: float = 0.0,
     step_noise: StepNoise | None = None,
+    generators: Generators | None = None,
     guidance_scale: float = 1.0,
     unconditional: Denoise | None = None,
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Samples of the shape of `noise` (B, ...), float32, after `num_inference_steps` steps of a diffusers scheduler.
 
-    `eta` is DDIM's share of fresh noise (0 none, 1 as much as DDPM); step i adds `step_noise(i, shape)`, or noise from
-    torch's global generator if there is none. `unconditional` is needed where guidance_scale is not 1. `on_step(i, x)`
-    sees x after each step.
+    `eta` is DDIM's share of fresh noise (0 none, 1 as much as DDPM); step i adds `step_noise(i, shape)`, or where the
+    scheduler takes none, what it draws from `generators(i)`; without them from torch's global generator.
+    `unconditional` is needed where guidance_scale is not 1. `on_step(i, x)` sees x after each step.
     """
     if guidance_scale != 1.0:
         denoise = guided(denoise, _needed(unconditional, guidance_scale), guidance_scale)
     takes = inspect.signature(scheduler.step).parameters
     if eta and "eta" not in takes:
         raise UserError(f"eta {eta}: {type(scheduler).__name__} has no eta; use DDIM, or eta 0")
-    # timesteps stay on the CPU: looking a schedule up with them waits for no device
-    scheduler.set_timesteps(_checked_steps(num_inference_steps, scheduler))
-    x = noise.float() * scheduler.init_noise_sigma
+    start(scheduler, num_inference_steps)
+    x = noise.float() * getattr(scheduler, "init_noise_sigma", 1.0)
+    scaled = getattr(scheduler, "scale_model_input", lambda x, t: x)  # flow matching has neither
     for i, t in enumerate(scheduler.timesteps):
         extra: dict[str, Any] = {"eta": eta} if "eta" in takes else {}
         if step_noise is not None and "variance_noise" in takes and (eta or "eta" not in takes):
             extra["variance_noise"] = step_noise(i, x.shape).to(x)
-        output = denoise(scheduler.scale_model_input(x, t), t.to(x.device).expand(x.shape[0]))
+        elif generators is not None and "generator" in takes:
+            extra["generator"] = generators(i)
+        output = denoise(scaled(x, t), t.to(x.device).expand(x.shape[0]))
         x = scheduler.step(output.float(), t, x, **extra).prev_sample
         if on_step is not None:
             on_step(i, x)
     return x
+
+
+def start(scheduler: Any, steps: int) -> None:
+    """Set the timesteps, and make the scheduler count its steps: it would look them up, and rounded ones may repeat."""
+    scheduler.set_timesteps(_checked_steps(steps, scheduler))  # on the CPU: looking them up waits for no device
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)
+
+
+def signal_at_start(scheduler: Any, steps: int) -> float:
+    """Share of a clean sample's amplitude at the first timestep, sqrt(abar_t). Sampling begins with pure noise, so that
+    much is missing from it; 0 for schedulers that begin at noise by construction.
+    """
+    start(scheduler, steps)
+    table = getattr(scheduler, "alphas_cumprod", None)
+    return 0.0 if table is None else float(table[round(float(scheduler.timesteps[0]))] ** 0.5)
 
 
 def _needed(unconditional: T | None, guidance_scale: float) -> T:

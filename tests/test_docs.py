@@ -194,7 +194,8 @@ def _known_span(span: str) -> None:
     """A flag, a field by its path, or a file that is named in the text."""
     if re.match(r"--[a-z]", span):
         name = re.split(r"[= ]", span)[0].removeprefix("--").replace("-", "_")
-        assert name in _known_names() or name in ("help", "json", "debug", "version", "as", "for"), "no such flag"
+        known = name in ("help", "json", "debug", "version", "as", "for")
+        assert known or {name, name.removeprefix("no_")} & _known_names(), "no such flag"
     elif re.fullmatch(rf"({'|'.join(SLOTS)})(\.[a-z_0-9]+)+", span):
         assert span in _known_names(), "no recipe has such a field"
     elif test := re.fullmatch(r"(tests/[\w./]+\.py)::(\w+)", span):
@@ -206,12 +207,20 @@ def _known_span(span: str) -> None:
 def _known_names() -> set[str]:
     """Every flag of every recipe and verb, with underscores."""
     from core.cli import ALIASES
-    from core.slots import Launch
+    from core.slots import DPMSolverMultistep, Launch
     from core.swap import spots
     from core.verbs.flags import DoctorFlags, ExportFlags, ImportFlags, MeasureFlags, SampleFlags, UiFlags
     from registry import get, names
 
-    parts = [Launch(), SampleFlags(), MeasureFlags(), UiFlags(), DoctorFlags(), ImportFlags(), ExportFlags()]
+    parts = [
+        Launch(),
+        SampleFlags(sampler=DPMSolverMultistep()),
+        MeasureFlags(),
+        UiFlags(),
+        DoctorFlags(),
+        ImportFlags(),
+        ExportFlags(),
+    ]
     parts += [get(name, "--validation.data=FrameFolders", "--optim.ema=EMA") for name in names()]
     return set(ALIASES).union(*(spots(part) for part in parts))
 

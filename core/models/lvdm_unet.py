@@ -279,6 +279,11 @@ class LVDMUNet(ModelMixin, ConfigMixin):
         reach = c.temporal_length if c.use_relative_position else None
         return STAttentionBlock(channels, c.num_heads, reach, c.frame_positions, c.norm_num_groups)
 
+    @property
+    def spatial_factor(self) -> int:
+        """What height and width must be multiples of."""
+        return int(2 ** (len(self.config.channel_mult) - 1))
+
     def blocks(self) -> list[nn.Module]:
         """Units for activation checkpointing, compilation and sharding: each is called once a forward."""
         return [*self.input_blocks[1:], self.middle_block, *self.output_blocks]
@@ -300,7 +305,7 @@ class LVDMUNet(ModelMixin, ConfigMixin):
         return self.out(h).to(x.dtype)
 
     def _check(self, x: Tensor) -> None:
-        factor = 2 ** (len(self.config.channel_mult) - 1)
+        factor = self.spatial_factor
         if x.shape[1] != self.config.in_channels or x.shape[3] % factor or x.shape[4] % factor:
             raise UserError(
                 f"x {tuple(x.shape)}: expected (B, {self.config.in_channels}, T, H, W), H and W multiples of {factor}"

@@ -12,14 +12,30 @@ from core.slots.objective import Objective
 from core.slots.optim import EMA, AdamW, Optim, ParamGroup, Schedule
 from core.slots.parallel import Parallel
 from core.slots.recipe import RECIPES, Recipe, register
+from core.slots.sampler import (
+    DDIM,
+    DDPM,
+    LMS,
+    PNDM,
+    DPMSolverMultistep,
+    Euler,
+    EulerAncestral,
+    FlowMatchEuler,
+    Heun,
+    Sampler,
+    UniPC,
+)
 from core.slots.slot import Slot, SlotError
 from core.slots.system import Autoencoding, Diffusion, System
 from core.slots.tracking import Tracking
-from core.slots.validation import DDIM, Sampler, Validation
+from core.slots.validation import Validation
 
 __all__ = [
     "DDIM",
+    "DDPM",
     "EMA",
+    "LMS",
+    "PNDM",
     "RECIPES",
     "AdamW",
     "Autoencoder",
@@ -28,10 +44,15 @@ __all__ = [
     "Checkpoint",
     "ColourAndMotion",
     "Condition",
+    "DPMSolverMultistep",
     "Data",
     "Denoiser",
     "Diffusion",
+    "Euler",
+    "EulerAncestral",
+    "FlowMatchEuler",
     "FrameVAE",
+    "Heun",
     "LVDMShortUNet",
     "LVDMTextUNet",
     "Launch",
@@ -48,6 +69,7 @@ __all__ = [
     "SlotError",
     "System",
     "Tracking",
+    "UniPC",
     "Validation",
     "VideoVAE",
     "register",

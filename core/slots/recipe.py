@@ -11,7 +11,7 @@ from core.slots.data import Data
 from core.slots.loop import Loop
 from core.slots.optim import Optim
 from core.slots.parallel import Parallel
-from core.slots.slot import Slot, field_types, unknown_field
+from core.slots.slot import Slot, SlotError, field_types, unknown_field
 from core.slots.system import System
 from core.slots.tracking import Tracking
 from core.slots.validation import Validation
@@ -40,6 +40,12 @@ class Recipe(Slot):
         for field in field_types(cls):
             if field not in field_types(Recipe):
                 raise unknown_field(Recipe, field)
+
+    def check(self) -> None:
+        objective = getattr(self.system, "objective", None)
+        why = objective and self.validation.sampler.misfit(objective)
+        if why:
+            raise SlotError(f"validation.sampler: {why}")
 
     @property
     def told(self) -> bool:

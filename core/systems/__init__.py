@@ -46,6 +46,10 @@ class System:
         """New clips (B, 3, T, H, W) in [-1, 1] of `clip` = (T, H, W); None where the system generates nothing."""
         return None
 
+    def multiples(self) -> tuple[int, int, int]:
+        """What frames, height and width of a sampled clip must be multiples of."""
+        return 1, 1, 1
+
     def reconstruct(self, batch: Batch, draw: Draw) -> Tensor | None:
         """The batch's clips through the autoencoder, (B, 3, T, H, W); None where there is none."""
         return None

@@ -133,6 +133,7 @@ class DiffusionSystem(System):
             num_inference_steps=sampler.num_inference_steps,
             eta=sampler.eta if isinstance(sampler, DDIM) else 0.0,
             step_noise=lambda i, shape: draw.noise(shape[1:], f"step {i}"),
+            generators=lambda i: draw.generators(f"step {i}"),
         )
         return self.pixels(latents)
 
@@ -145,6 +146,12 @@ class DiffusionSystem(System):
         return told(
             lambda x_t, t, states: self.denoiser(x_t, t, states).float(), given, nothing, sampler.guidance_scale
         )
+
+    def multiples(self) -> tuple[int, int, int]:
+        """One step of the innermost level of the denoiser, in pixels."""
+        vae, inner = self.autoencoder, getattr(self.denoiser, "spatial_factor", 1)
+        space = inner * getattr(vae, "spatial_factor", 1)
+        return getattr(vae, "temporal_factor", 1), space, space
 
     def _latent_shape(self, clip: Sequence[int]) -> tuple[int, ...]:
         """Pixel (T, H, W) → latent (C, T', H', W'), by the autoencoder's own factors."""

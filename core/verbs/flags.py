@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from core.slots.sampler import DDIM, Sampler
 from core.slots.slot import Slot
 
 
@@ -31,29 +32,63 @@ class SampleFlags(VerbFlags):
     """Flags of `sample`."""
 
     prompt: tuple[str, ...] = ()
-    """Texts of the clips, in turn. None given: the prompts of the recipe's validation, else the empty text."""
-    num: int = 4
-    """Clips to make."""
+    """Texts of the clips. None given: the prompts of the recipe's validation."""
+    prompts: Path | None = None
+    """A text file with a prompt a line."""
+    interactive: bool = False
+    """Read prompts from the terminal (or a pipe), one a line, and make the clips of each before the next is read."""
+    num: int | None = None
+    """Clips of each prompt. None: 1, and 4 where the recipe is told no text."""
     seed: int = 0
-    """Seed of the noise: the same seed gives the same clips."""
+    """Seed of the noise: the same seed gives the same clips of a prompt."""
+    frames: int | None = None
+    """Frames of a clip. None: as in training."""
+    height: int | None = None
+    """Height in pixels. None: as in training."""
+    width: int | None = None
+    """Width in pixels. None: as in training."""
+    fps: int | None = None
+    """Frames a second of the files. None: as in the recipe's validation."""
     steps: int | None = None
     """Denoising steps. None: as many as the recipe's validation uses."""
-    output_dir: Path | None = None
-    """Where the clips go. Default: samples/ in the run's own directory."""
+    eta: float | None = None
+    """DDIM's share of fresh noise, 0 to 1. None: as in the recipe's validation."""
+    guidance_scale: float | None = None
+    """Guidance by the text: 1 is none. None: as in the recipe's validation."""
+    negative_prompt: str | None = None
+    """What guidance leads away from. None: as in the recipe's validation."""
+    sampler: Sampler = DDIM()
+    """How noise becomes samples. Default: the recipe's validation's; another class keeps steps and guidance."""
     raw: bool = False
     """Use the weights as they are, not their moving average (EMA)."""
+    recipe: str | None = None
+    """The recipe of an exported folder that has none written in it."""
+    weights: str | None = None
+    """With a recipe's name: the trained networks, as a folder, a checkpoint file, a hub id or run:<id>."""
+    batch_size: int | None = None
+    """Clips made at a time. None: as in the recipe's validation."""
+    formats: tuple[Literal["mp4", "gif", "png"], ...] = ("mp4", "gif", "png")
+    """Files of each clip and of the grid; png is a strip of frames."""
+    output_dir: Path | None = None
+    """Where the clips go. Default: a new folder in samples/ of the run, or of the working directory."""
+    log: bool = True
+    """Log the clips to the MLflow run that they are from."""
+    nproc: int = 1
+    """Processes on this machine (torchrun), which share the clips."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA where there is one."""
     store: str | None = None
-    """MLflow tracking URI. Default: $MLFLOW_TRACKING_URI, else sqlite:///runs/mlflow.db."""
+    """MLflow tracking URI. Default: that of the run, $MLFLOW_TRACKING_URI, else sqlite:///runs/mlflow.db."""
 
     def check(self) -> None:
-        if self.num < 1:
-            self.refuse("num", "must be at least 1")
+        for name in ("num", "frames", "height", "width", "fps", "steps", "batch_size", "nproc"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                self.refuse(name, "must be at least 1")
         if self.seed < 0:
             self.refuse("seed", "must not be negative")
-        if self.steps is not None and self.steps < 1:
-            self.refuse("steps", "must be at least 1")
+        if self.guidance_scale is not None and self.guidance_scale < 0:
+            self.refuse("guidance_scale", "must not be negative")
 
 
 class MeasureFlags(VerbFlags):

@@ -56,11 +56,15 @@ VERBS = {
         "python -m registry resume runs/first --max-steps 400",
     ),
     "sample": Verb(
-        "RUN_OR_DIR [--num N] [--seed S] [--steps K] [--output-dir D] [--raw]",
-        A_RUN,
-        "Make clips from the newest checkpoint of a run.\n"
-        "The averaged weights are used where there are some, unless --raw is given. Prints the folder.",
-        "python -m registry sample runs/first --num 8 --seed 1",
+        "WHAT [--prompt TEXT …] [--num N] [--seed S] [--steps K] [--sampler=CLASS] [flags]",
+        "what to sample from: a run, a checkpoint folder, an exported folder, or a recipe with --weights",
+        "Make clips from a run, a checkpoint folder, an exported folder, or a recipe with --weights.\n"
+        "WHAT is an MLflow run id or a directory, or the name of a recipe. Clips are of the texts of --prompt, of\n"
+        "those in the file --prompts (one a line), or of what is typed (--interactive). The averaged weights are\n"
+        "used where there are some, unless --raw is given. The same seed gives the same clip of a prompt, whatever\n"
+        "else is made. Each clip is an mp4, a gif and a strip of frames; samples.json says what made it. Prints the\n"
+        "folder.",
+        "python -m registry sample runs/first --num 8 --seed 1 --sampler=DPMSolverMultistep --steps 20",
     ),
     "measure-latents": Verb(
         "NAME [overrides] [--clips N] [--weights W] [--write]",

@@ -55,27 +55,31 @@ def _say(result: Result, given: str | None) -> None:
 
 
 def spawn(recipe: Recipe, launch: Launch, argv: Sequence[str]) -> int:
-    """Start the same command on `nproc` processes of this machine through torchrun. Returns 128 + the signal that ended
-    it, else torchrun's code.
-    """
+    """Start the same command on `nproc` processes of this machine. Returns the exit code."""
     from core.preflight import preflight
 
     preflight(recipe)
+    return torchrun(launch.nproc, argv, launch.max_restarts)
+
+
+def torchrun(nproc: int, argv: Sequence[str], max_restarts: int = 0) -> int:
+    """Run `python -m registry` with the words `argv` on `nproc` processes of this machine through torchrun. Returns
+    128 + the signal that ended it, else torchrun's code.
+    """
     command = [
         sys.executable,
         "-m",
         "torch.distributed.run",
         "--standalone",
-        f"--nproc-per-node={launch.nproc}",
-        f"--max-restarts={launch.max_restarts}",
+        f"--nproc-per-node={nproc}",
+        f"--max-restarts={max_restarts}",
         "-m",
         "--",
         "registry",
         *argv,
     ]  # torchrun would read our --nproc as its own
     # a session of its own: a Ctrl-C reaches it once, through us
-    torchrun = subprocess.Popen(command, start_new_session=True)
-    return _hand_signals_to(torchrun)
+    return _hand_signals_to(subprocess.Popen(command, start_new_session=True))
 
 
 def _hand_signals_to(child: subprocess.Popen[bytes]) -> int:

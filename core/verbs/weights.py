@@ -14,7 +14,7 @@ from core.build import load_frozen
 from core.distributed import Ranks
 from core.errors import UserError
 from core.outputs import checkpoint_of, find_run
-from core.recipe_file import read
+from core.recipe_file import FILE_NAME, dump, read
 from core.slots import Recipe
 from core.verbs.printing import columns
 from core.verbs.sample import load_trained
@@ -179,6 +179,7 @@ def export(where: str, *, to: Path | None, raw: bool, store: str | None) -> int:
     wanted = recipe.optim.ema is not None and not raw and averaged is not False
     load_trained(system, found, here, averaged=wanted)
     system.export(to, {name: module.state_dict() for name, module in system.trained.items()})
+    (to / FILE_NAME).write_text(dump(recipe))
     print(f"{to}: {', '.join(sorted(p.name for p in to.iterdir()))}, {'averaged' if wanted else 'raw'}, from {found}")
     return 0
 

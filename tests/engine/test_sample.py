@@ -1,16 +1,27 @@
 """`sample` and `measure-latents` on a real run."""
 
 import json
+import shutil
 
 import av
 import numpy as np
 import pytest
+from mlflow import MlflowClient
+from PIL import Image
 
 from core.errors import UserError
+from core.slots import DDIM, Heun
+from core.sources import find_source
 from core.validate import real_clips
 from core.verbs.measure import measure_latents
-from core.verbs.sample import sample
-from tests.engine.running import run_here, short
+from core.verbs.sample import sample as sample_from
+from registry import get, names
+from tests.engine.running import registry, run_here, short
+
+
+def sample(where, **given):
+    """On the CPU, in two steps."""
+    return sample_from(where, **({"device": "cpu", "log": False, "steps": 2, "num": 1} | given))
 
 
 @pytest.fixture(scope="module")
@@ -22,36 +33,196 @@ def run(sky, _migrated_store, tmp_path_factory):
     return run_here(short("lvdm-short-sky-tiny", sky, "--lr 1e-2"), folder / "run", store), store
 
 
-def frames(path):
+def video(path):
+    """Frames and frames a second of an mp4."""
     with av.open(str(path)) as container:
-        return np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)]).astype(int)
+        fps = container.streams.video[0].average_rate
+        return np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)]), fps
+
+
+def strip(folder, n=0):
+    """The frames of a clip beside each other, lossless."""
+    return np.asarray(Image.open(folder / f"clip-{n:03d}.png")).astype(int)
+
+
+def told(folder):
+    return json.loads((folder / "samples.json").read_text())
 
 
 def test_the_same_seed_gives_the_same_clip_whatever_else_is_sampled(run, tmp_path):
-    out = run[0].output_dir
-    many = sample(str(out), num=3, seed=5, output_dir=tmp_path / "many", device="cpu")
-    one = sample(f"run:{run[0].run_id}", num=1, seed=5, output_dir=tmp_path / "one", device="cpu", store=run[1])
-    other = sample(str(out), num=1, seed=6, output_dir=tmp_path / "other", device="cpu")
-    # the codec adds a level or two to a difference of one
-    assert np.abs(frames(many / "clip-000.mp4") - frames(one / "clip-000.mp4")).max() <= 4
-    assert np.abs(frames(one / "clip-000.mp4") - frames(other / "clip-000.mp4")).mean() > 4
-    assert sorted(p.name for p in many.iterdir()) == [
-        "clip-000.mp4", "clip-001.mp4", "clip-002.mp4", "grid.gif", "samples.json", "sheet.png",
-    ]  # fmt: skip
-    assert json.loads((many / "samples.json").read_text())["averaged"] is True
+    out = str(run[0].output_dir)
+    many = sample(out, num=3, seed=5, batch_size=2, output_dir=tmp_path / "many")
+    one = sample(f"run:{run[0].run_id}", seed=5, batch_size=1, output_dir=tmp_path / "one", store=run[1])
+    other = sample(out, seed=6, output_dir=tmp_path / "other")
+    assert np.abs(strip(many) - strip(one)).max() <= 1
+    assert np.abs(strip(one) - strip(other)).mean() > 4
+    assert np.abs(strip(many) - strip(many, 1)).mean() > 4
+    files = {f"clip-00{n}.{kind}" for n in range(3) for kind in ("mp4", "gif", "png")}
+    assert {p.name for p in many.iterdir()} == files | {"grid.gif", "grid.mp4", "sheet.png", "samples.json"}
 
 
 def test_raw_weights_are_others_than_the_average(run, tmp_path):
     out = str(run[0].output_dir)
-    averaged = frames(sample(out, num=1, output_dir=tmp_path / "a", device="cpu") / "clip-000.mp4")
-    raw = frames(sample(out, num=1, output_dir=tmp_path / "r", device="cpu", raw=True) / "clip-000.mp4")
-    assert not np.array_equal(averaged, raw)
+    averaged, raw = sample(out, output_dir=tmp_path / "a"), sample(out, output_dir=tmp_path / "r", raw=True)
+    assert not np.array_equal(strip(averaged), strip(raw))
+    assert (told(averaged)["averaged"], told(raw)["averaged"]) == (True, False)
+
+
+def test_run_checkpoint_and_export_give_the_same_clip_wherever_the_export_is(run, tmp_path):
+    out = run[0].output_dir
+    shutil.copytree(out / "export", tmp_path / "elsewhere")
+    sources = (out, out / "checkpoints" / "step-00000006", out / "export", tmp_path / "elsewhere")
+    made = [sample(str(where), output_dir=tmp_path / str(n)) for n, where in enumerate(sources)]
+    for other in made[1:]:
+        assert np.abs(strip(made[0]) - strip(other)).max() <= 1
+    assert told(made[0])["weights_hash"] == told(made[1])["weights_hash"] != told(made[2])["weights_hash"]
+    assert told(made[2])["weights_hash"] == told(made[3])["weights_hash"]
+    assert told(made[3])["run"] is None
+    with pytest.raises(UserError, match="--raw: export holds one set of weights"):
+        sample(str(out / "export"), raw=True)
+
+
+def test_an_export_without_a_recipe_takes_one_that_was_trained_on_the_same_noise(run, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(run[0].output_dir / "export", bare)
+    (bare / "recipe.json").unlink()
+    with pytest.raises(UserError, match="say which recipe they are of, --recipe NAME"):
+        find_source(str(bare), get, names())
+    with pytest.raises(UserError, match="prediction_type is 'v_prediction', but 'epsilon' in lvdm-short-sky"):
+        find_source(str(bare), get, names(), recipe="lvdm-short-sky")
+    named = sample(find_source(str(bare), get, names(), recipe="lvdm-short-sky-tiny"), output_dir=tmp_path / "a")
+    assert np.abs(strip(named) - strip(sample(str(run[0].output_dir), output_dir=tmp_path / "b"))).max() <= 1
+
+
+def test_a_recipe_by_name_takes_weights_or_says_that_its_samples_are_noise(run, tmp_path, capsys):
+    export = str(run[0].output_dir / "export")
+    weighed = sample(find_source("lvdm-short-sky-tiny", get, names(), weights=export), output_dir=tmp_path / "w")
+    assert "noise; give --weights" not in capsys.readouterr().err
+    assert np.abs(strip(weighed) - strip(sample(export, output_dir=tmp_path / "e"))).max() <= 1
+    fresh = sample(find_source("lvdm-short-sky-tiny --seed 3", get, names()), output_dir=tmp_path / "f")
+    assert "note: lvdm-short-sky-tiny has fresh weights, so these samples are noise" in capsys.readouterr().err
+    assert told(fresh)["weights_hash"] is None and told(fresh)["recipe_delta"] == ["--seed", "3"]
+    with pytest.raises(UserError, match="has weights of its own"):
+        find_source(str(run[0].output_dir), get, names(), weights=export)
+
+
+def test_size_length_and_rate_are_free_within_what_the_networks_can_do(run, tmp_path, capsys):
+    out = str(run[0].output_dir)
+    made = sample(out, frames=24, height=96, fps=5, output_dir=tmp_path / "long")
+    clip, fps = video(made / "clip-000.mp4")
+    assert clip.shape == (24, 96 * 4, 64 * 4, 3) and fps == 5
+    said = capsys.readouterr().err
+    assert "note: 24 frames, trained on 16" in said and "note: 96 x 64 pixels, trained on 64 x 64" in said
+    for flag, value, nearest in (("frames", 19, 20), ("height", 70, 64), ("width", 1, 32)):
+        with pytest.raises(UserError, match=f"--{flag} {value}: .* the nearest that fits is {nearest}$"):
+            sample(out, **{flag: value}, output_dir=tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+
+
+def test_the_json_says_all_that_made_the_clips(run, tmp_path):
+    made = told(sample(str(run[0].output_dir), seed=9, sampler=Heun(), steps=3, num=2, output_dir=tmp_path / "s"))
+    assert made["sampler"] == {
+        "is": "Heun", "num_inference_steps": 3, "guidance_scale": 1.0, "negative_prompt": "", "karras_sigmas": True,
+    }  # fmt: skip
+    assert (made["recipe"], made["seed"]) == ("lvdm-short-sky-tiny", 9)
+    assert get(made["recipe"], *made["recipe_delta"]).optim.lr == 1e-2
+    assert made["checkpoint"].endswith("step-00000006") and len(made["weights_hash"]) == 64
+    assert made["versions"]["diffusers"]
+    assert [(clip["number"], clip["prompt"], clip["files"][2]) for clip in made["clips"]] == [
+        (0, "", "clip-000.png"), (1, "", "clip-001.png"),
+    ]  # fmt: skip
+
+
+def test_samples_never_mix_with_others(run, tmp_path):
+    out = str(run[0].output_dir)
+    first, second = sample(out, formats=("png",), seed=77), sample(out, formats=("png",), seed=77)
+    assert first.parent == second.parent == run[0].output_dir / "samples"
+    assert (first.name, second.name) == ("step-00000006-seed-77", "step-00000006-seed-77-2")
+    assert {p.suffix for p in first.iterdir()} == {".png", ".json"}
+    with pytest.raises(UserError, match="holds samples already"):
+        sample(out, output_dir=first)
+
+
+def test_samples_are_logged_to_their_run_unless_told_not_to(run, tmp_path):
+    result, store = run
+    sample(str(result.output_dir), log=True, output_dir=tmp_path / "logged")
+    client = MlflowClient(tracking_uri=store)
+    assert {f.path for f in client.list_artifacts(result.run_id, "samples/logged")} >= {
+        "samples/logged/sheet.png", "samples/logged/clip-000.mp4", "samples/logged/samples.json",
+    }  # fmt: skip
+    sample(str(result.output_dir), output_dir=tmp_path / "unlogged")
+    assert not client.list_artifacts(result.run_id, "samples/unlogged")
+
+
+def test_a_store_that_is_down_is_a_warning(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    copied = shutil.copytree(run[0].output_dir, tmp_path / "copied")
+    (copied / "run.json").write_text(json.dumps({"run_id": "0" * 32, "store": "http://127.0.0.1:9"}))
+    with pytest.warns(UserWarning, match=r"the samples are in .*down, but MLflow did not take them"):
+        sample(str(copied), log=True, output_dir=tmp_path / "down")
+    assert (tmp_path / "down" / "samples.json").exists()
+
+
+def test_two_processes_make_each_clip_once_and_the_clips_of_one(run, tmp_path):
+    words = ["sample", str(run[0].output_dir), "--num", "3", "--steps", "2", "--no-log", "--device", "cpu"]
+    done = registry(*words, "--nproc", "2", "--output-dir", "two", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines() == ["two"]
+    one, two = sample(str(run[0].output_dir), num=3, output_dir=tmp_path / "one"), tmp_path / "two"
+    assert [clip["number"] for clip in told(two)["clips"]] == [0, 1, 2]
+    assert {p.name for p in one.iterdir()} == {p.name for p in two.iterdir()}
+    for n in range(3):
+        assert np.abs(strip(one, n) - strip(two, n)).max() <= 1
+    sheets = [np.asarray(Image.open(folder / "sheet.png")).astype(int) for folder in (one, two)]
+    assert np.abs(sheets[0] - sheets[1]).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({"sampler": Heun(), "eta": 0.5}, "Heun has no eta; take --sampler=DDIM"),
+        ({"guidance_scale": 3.0}, "is told no text"),
+        ({"prompt": ["a"]}, "--prompt: lvdm-short-sky-tiny is told no text"),
+        ({"interactive": True}, "--interactive: lvdm-short-sky-tiny is told no text"),
+        ({"steps": 1000}, "--sampler=DDIM: DDIM takes at most 999 steps over 1000 timesteps"),
+        ({"num": 0}, "num = 0: must be at least 1"),
+        ({"eta": 2.0}, "DDIM.eta = 2.0: must be in"),
+    ],
+)
+def test_what_would_have_no_effect_or_cannot_be_is_refused(run, given, why):
+    with pytest.raises(UserError, match=why):
+        sample(str(run[0].output_dir), **given)
+
+
+def test_a_folder_that_is_none_of_the_sources_is_refused(tmp_path):
+    with pytest.raises(UserError, match="is no run, checkpoint or export"):
+        find_source(str(tmp_path), get, names())
+    with pytest.raises(UserError, match="'nothing' is no directory, no recipe and no run here"):
+        find_source("nothing", get, names(), store=f"sqlite:///{tmp_path}/mlflow.db")
+
+
+def test_a_sampler_on_the_command_line_keeps_the_recipe_s_steps(run, tmp_path):
+    words = [
+        "sample",
+        str(run[0].output_dir),
+        "--sampler=UniPC",
+        "--sampler.solver-order",
+        "1",
+        "--no-log",
+        "--num",
+        "1",
+    ]
+    done = registry(*words, "--formats", "png", "--device", "cpu", "--output-dir", "u", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    sampler = told(tmp_path / "u")["sampler"]
+    assert (sampler["is"], sampler["solver_order"], sampler["num_inference_steps"]) == ("UniPC", 1, 2)
+    assert isinstance(short("lvdm-short-sky-tiny", tmp_path).validation.sampler, DDIM)
 
 
 def test_an_autoencoder_makes_no_samples_and_says_so(sky, store, tmp_path):
     out = run_here(short("lvdm-video-vae-tiny", sky, "--max-steps 1"), tmp_path / "vae", store).output_dir
     with pytest.raises(UserError, match="no generative recipe"):
-        sample(str(out), num=1, device="cpu")
+        sample(str(out))
 
 
 def test_measured_constants_give_latents_of_mean_zero_and_deviation_one(sky, store, tmp_path):

@@ -1,11 +1,15 @@
 """A run that is told a text, from launch to samples: the full-size recipe with every size cut, on captioned videos."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from core.errors import UserError
 from core.media import write_mp4
@@ -14,7 +18,7 @@ from core.train import train
 from core.validate import captions
 from core.verbs.sample import sample
 from registry import get
-from tests.engine.running import SHORT, losses, registry
+from tests.engine.running import REPO, SHORT, losses, registry
 from tests.models.tiny_text import SIZES, write_text
 
 CUT = {
@@ -64,7 +68,7 @@ def test_the_run_leaves_samples_with_their_texts_and_the_folders_of_a_pipeline(r
     held_out = get("lvdm-text2video", *_flags(ground)).validation_data.build()
     assert texts == captions(held_out, 2)
     exported = {p.name for p in (run.output_dir / "export").iterdir()}
-    assert exported == {"unet", "text_encoder", "tokenizer", "scheduler"}
+    assert exported == {"unet", "text_encoder", "tokenizer", "scheduler", "recipe.json"}
     assert np.isfinite(run.metrics["val/loss"])
 
 
@@ -90,18 +94,67 @@ def test_the_exported_text_encoder_serves_another_run(run, ground):
     assert torch.equal(system.states(["a cloud"]), again.states(["a cloud"]))
 
 
-def test_sample_takes_prompts_in_turn_and_says_what_made_each(run, tmp_path):
-    made = sample(str(run.output_dir), prompt=["red", "blue"], num=3, output_dir=tmp_path / "s", device="cpu")
+def test_sample_makes_clips_of_each_prompt_and_says_what_made_them(run, tmp_path):
+    made = sample(
+        str(run.output_dir), prompt=["red", "blue"], num=2, output_dir=tmp_path / "s", device="cpu", log=False
+    )
     told = json.loads((made / "samples.json").read_text())
-    assert told["prompts"] == ["red", "blue", "red"]
-    assert told["guidance_scale"] == 9.0
+    assert [clip["prompt"] for clip in told["clips"]] == ["red", "red", "blue", "blue"]
+    assert told["sampler"]["guidance_scale"] == 9.0
 
 
 def test_sample_on_the_command_line_takes_several_prompts(run, tmp_path):
-    words = ["sample", str(run.output_dir), "--prompt", "red clouds", "blue", "--num", "2", "--output-dir", "made"]
+    words = ["sample", str(run.output_dir), "--prompt", "red clouds", "blue", "--output-dir", "made", "--no-log"]
     done = registry(*words, "--device", "cpu", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "made" / "samples.json").read_text())["prompts"] == ["red clouds", "blue"]
+    told = json.loads((tmp_path / "made" / "samples.json").read_text())
+    assert [clip["files"][0] for clip in told["clips"]] == ["red-clouds-000.mp4", "blue-001.mp4"]
+
+
+def test_prompts_come_from_a_file_one_a_line(run, tmp_path):
+    (tmp_path / "prompts.txt").write_text("rot / 红色\n\n  blue \nrot / 红色\n", encoding="utf-8")
+    made = sample(
+        str(run.output_dir), prompts=tmp_path / "prompts.txt", output_dir=tmp_path / "s", device="cpu", log=False,
+        guidance_scale=2.0, negative_prompt="grey", formats=("png",),
+    )  # fmt: skip
+    told = json.loads((made / "samples.json").read_text())
+    assert [clip["files"] for clip in told["clips"]] == [["rot-红色-000.png"], ["blue-001.png"], ["rot-红色-002.png"]]
+    assert [clip["copy"] for clip in told["clips"]] == [0, 0, 1]
+    assert told["sampler"]["negative_prompt"] == "grey"
+
+
+def test_a_clip_of_a_prompt_does_not_depend_on_the_prompts_beside_it(run, tmp_path):
+    options = {"device": "cpu", "log": False, "formats": ("png",)}
+    alone = sample(str(run.output_dir), prompt=["blue"], output_dir=tmp_path / "a", **options)
+    beside = sample(str(run.output_dir), prompt=["red", "blue"], output_dir=tmp_path / "b", **options)
+    clips = [np.asarray(Image.open(p)).astype(int) for p in (alone / "blue-000.png", beside / "blue-001.png")]
+    assert np.abs(clips[0] - clips[1]).max() <= 1
+    assert np.abs(clips[0] - np.asarray(Image.open(beside / "red-000.png")).astype(int)).mean() > 2
+
+
+def test_prompts_that_are_typed_are_made_one_after_the_other_until_the_input_ends(run, tmp_path):
+    command = [sys.executable, "-m", "registry", "sample", str(run.output_dir), "--interactive", "--no-log"]
+    done = subprocess.run(
+        [*command, "--output-dir", "typed", "--formats", "png", "--device", "cpu"], input="red\n\nblue sky\n",
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["typed/red-000.png", "typed/blue-sky-001.png", "typed"]
+    assert (tmp_path / "typed" / "sheet.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({}, "is told a text: give --prompt, --prompts FILE or --interactive"),
+        ({"prompt": ["a"], "interactive": True}, "--prompt and --interactive: give prompts in one way"),
+        ({"prompts": Path("nowhere.txt")}, "--prompts nowhere.txt: cannot be read as text"),
+        ({"prompt": ["a"], "guidance_scale": 1.0, "negative_prompt": "b"}, "no effect at guidance scale 1"),
+    ],
+)
+def test_prompts_that_nobody_would_read_are_refused(run, given, why):
+    with pytest.raises(UserError, match=why):
+        sample(str(run.output_dir), device="cpu", **given)
 
 
 def test_two_processes_make_the_run_of_one(run, ground, store, tmp_path):

@@ -133,7 +133,7 @@ def test_the_export_opens_as_a_diffusers_model_with_the_averaged_weights(finishe
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, saved[f"ema.unet.{name}"])
     assert not torch.equal(saved["ema.unet.out.2.weight"], saved["weights.unet.out.2.weight"])
-    assert {p.name for p in (out / "export").iterdir()} == {"unet", "vae", "scheduler"}
+    assert {p.name for p in (out / "export").iterdir()} == {"unet", "vae", "scheduler", "recipe.json"}
 
 
 @pytest.mark.parametrize("name", TWINS)
