@@ -23,7 +23,7 @@ demo: $(READY) ## train the tiny sky model on synthetic clouds, about 5 minutes 
 
 test: $(READY) ## the whole test suite
 	@command -v chromium chromium-browser google-chrome >/dev/null || echo "no Chromium: the test of MLflow's page is skipped; on Debian: apt install chromium"
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 check: $(READY) ## format, lint, types, import rules
 	$(BIN)/ruff format --check .

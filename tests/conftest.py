@@ -1,4 +1,4 @@
-"""Shared ground of the tests: a small sky on disk, a migrated MLflow store, two threads, no telemetry."""
+"""Shared ground of the tests: a small sky on disk, a migrated MLflow store, few threads, no telemetry."""
 
 import os
 import shutil
@@ -15,6 +15,7 @@ os.environ.setdefault("DO_NOT_TRACK", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 LONG = ("claims", "soak")
 """Marks of what takes minutes or hours."""
 
@@ -31,10 +32,11 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _two_threads():
+def _threads():
+    """Two, shared among the processes of the suite."""
     import torch
 
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    torch.set_num_threads(2 if PROCESSES == 1 and (os.cpu_count() or 1) > 1 else 1)
 
 
 @pytest.fixture(scope="session")
