@@ -20,14 +20,14 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from core.attributes import WORDS, words_of
+from core.attributes import UNREAD, WORDS, words_of
 
 START, END, LAST = "<|startoftext|>", "<|endoftext|>", "</w>"
 LENGTH = 77
+PADDED = 24  # tokens of a caption in training, marks of the end included
 WIDTH, LAYERS, HEADS = 64, 2, 4
 STEPS, BATCH, LR = 300, 64, 2e-3
 SEED = 0
@@ -106,17 +106,28 @@ def fresh(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     )
 
 
-def train(tower: CLIPTextModel, tokens: Tensor, labels: list[Tensor]) -> float:
-    """Cross-entropy of each attribute's word, read from the state at the end of the text. Returns the last loss."""
-    heads = nn.ModuleList(nn.Linear(WIDTH, len(words)) for words in WORDS.values())
-    optimizer = torch.optim.AdamW([*tower.parameters(), *heads.parameters()], lr=LR, weight_decay=0.01)
+def codes(labels: list[Tensor]) -> Tensor:
+    """(N, WIDTH) of unit deviation, what N captions mean: the sum of a random vector for each word that they name, so
+    that no attribute speaks louder than another. Learned by a classifier, the colour took 71 % of the deviation and
+    the direction 9 %, which a denoiser then took long to hear.
+    """
+    generator = torch.Generator().manual_seed(SEED)
+    vectors = [torch.randn(len(words), WIDTH, generator=generator) for words in WORDS.values()]
+    meant = torch.stack([v[label] * (label != UNREAD)[:, None] for v, label in zip(vectors, labels, strict=True)]).sum(
+        0
+    )
+    return meant / len(vectors) ** 0.5
+
+
+def train(tower: CLIPTextModel, tokens: Tensor, meant: Tensor) -> float:
+    """From the end of each text (N, L) on, the states become `meant` (N, WIDTH). Returns the last squared error."""
+    optimizer = torch.optim.AdamW(tower.parameters(), lr=LR, weight_decay=0.01)
     loss = torch.zeros(())
     for step in range(STEPS):
         rows = torch.randint(len(tokens), (BATCH,), generator=torch.Generator().manual_seed(step))
-        state = tower(tokens[rows]).pooler_output  # (BATCH, WIDTH)
-        loss = torch.stack(
-            [F.cross_entropy(head(state), label[rows]) for head, label in zip(heads, labels, strict=True)]
-        ).sum()
+        ended = (tokens[rows] == tower.config.eos_token_id)[..., None]  # padding is the same token
+        error = (tower(tokens[rows]).last_hidden_state - meant[rows, None]).square() * ended
+        loss = error.sum() / (ended.sum() * WIDTH)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -128,9 +139,9 @@ def make(table: Path, target: Path) -> float:
     with table.open(newline="", encoding="utf-8") as file:
         captions = sorted({row["name"] for row in csv.DictReader(file)})
     tokenizer = write_tokenizer(captions, target / "tokenizer")
-    tokens = tokenizer(captions, padding=True, return_tensors="pt").input_ids
+    tokens = tokenizer([*captions, ""], padding="max_length", max_length=PADDED, return_tensors="pt").input_ids
     tower = fresh(tokenizer)
-    loss = train(tower, tokens, [words_of(captions, attribute) for attribute in WORDS])
+    loss = train(tower, tokens, codes([words_of([*captions, ""], attribute) for attribute in WORDS]))
     tower.half().save_pretrained(target / "text_encoder")
     return loss
 
