@@ -26,7 +26,7 @@ COLOURS = {
 """RGB that a colour word of a caption means."""
 DIRECTIONS = {"left": (0.0, -1.0), "right": (0.0, 1.0), "up": (-1.0, 0.0), "down": (1.0, 0.0)}
 """Rows and columns of a unit step in the direction of a word."""
-SPEEDS = {"slowly": (0.006, 0.01), "quickly": (0.021, 0.028)}
+SPEEDS = {"slowly": (0.028, 0.034), "quickly": (0.052, 0.058)}
 """Speeds from and to, in sides of the picture a frame, that a word means."""
 
 

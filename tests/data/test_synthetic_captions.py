@@ -65,14 +65,14 @@ def test_all_combinations_come_equally_often_in_every_phrase():
 @pytest.mark.parametrize("size", [32, 64])
 def test_a_cloud_moves_as_its_caption_says_and_never_leaves_the_picture(index, size):
     words = told(index)
-    clip = render(100 + index, words, frames=16, size=size).astype(float)
+    clip = render(100 + index, words, frames=8, size=size).astype(float)
     mass = np.abs(clip - np.median(clip, axis=(1, 2), keepdims=True)).sum(-1)  # (T, H, W)
     mass = np.where(mass > 60, mass, 0.0)
     edge = np.concatenate([mass[:, 0], mass[:, -1], mass[:, :, 0], mass[:, :, -1]], axis=1)
     assert edge.max() == 0 and mass.sum((1, 2)).min() > 0.75 * mass.sum((1, 2)).max()
     rows, columns = np.indices((size, size))
     centre = np.stack([(mass * axis).sum((1, 2)) / mass.sum((1, 2)) for axis in (rows, columns)], 1) / size
-    step = (centre[-1] - centre[0]) / 15
+    step = (centre[-1] - centre[0]) / 7
     low, high = SPEEDS[words.speed]
     assert 0.97 * low < np.hypot(*step) < 1.03 * high
     assert step @ DIRECTIONS[words.direction] > 0.98 * np.hypot(*step)
@@ -82,7 +82,7 @@ def test_the_metric_reads_every_attribute_of_the_files_that_are_written(tmp_path
     write_clouds(tmp_path, train_clips=0, test_clips=96)
     with (tmp_path / "test.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    clips = np.stack([decoded(tmp_path / row["contentUrl"])[4:12] for row in rows])
+    clips = np.stack([decoded(tmp_path / row["contentUrl"]) for row in rows])
     video = torch.from_numpy(clips).permute(0, 4, 1, 2, 3) / 127.5 - 1
     found = scores(video, [row["name"] for row in rows])
     assert found.keys() == {"colour_score", "direction_score", "speed_score"}
