@@ -57,9 +57,9 @@ class TemporalAttention(Attention):
     output projection is zero.
     """
 
-    def __init__(self, channels: int, heads: int, reach: int | None, frame_positions: bool, dropout: float) -> None:
+    def __init__(self, channels: int, heads: int, reach: int | None, dropout: float) -> None:
         super().__init__(channels, heads, channels, dropout)
-        self.frame_positions, self.relative = frame_positions, reach is not None
+        self.relative = reach is not None
         zeroed(self.to_out if reach is None else self)
         if reach is not None:
             self.relative_position_k = RelativePosition(self.head_dim, reach)
@@ -70,8 +70,6 @@ class TemporalAttention(Attention):
         return x.unflatten(3, (self.heads, -1)).permute(0, 3, 4, 1, 2)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        if self.frame_positions:
-            x = x + sinusoids(torch.arange(x.shape[1], device=x.device), x.shape[3])[:, None].to(x.dtype)
         q, k, v = (self.split_frames(project(x)) for project in (self.to_q, self.to_k, self.to_v))
         out = attend_frames(q, k, v, *self._positions(q))  # (B, heads, head_dim, T, P)
         return self.to_out(out.permute(0, 3, 4, 1, 2).flatten(3))
@@ -112,14 +110,12 @@ class SpaceTimeBlock(nn.Module):
     order of use.
     """
 
-    def __init__(
-        self, channels: int, heads: int, context_dim: int, reach: int | None, frame_positions: bool, dropout: float
-    ) -> None:
+    def __init__(self, channels: int, heads: int, context_dim: int, reach: int | None, dropout: float) -> None:
         super().__init__()
         self.attn1 = SpatialAttention(channels, heads, channels, dropout)
-        self.attn1_tmp = TemporalAttention(channels, heads, reach, frame_positions, dropout)
+        self.attn1_tmp = TemporalAttention(channels, heads, reach, dropout)
         self.attn2 = SpatialAttention(channels, heads, context_dim, dropout)
-        self.attn2_tmp = TemporalAttention(channels, heads, reach, frame_positions, dropout)
+        self.attn2_tmp = TemporalAttention(channels, heads, reach, dropout)
         self.ff = FeedForward(channels, dropout)
         self.norm1, self.norm2, self.norm3, self.norm4, self.norm5 = (nn.LayerNorm(channels) for _ in range(5))
 
@@ -132,7 +128,11 @@ class SpaceTimeBlock(nn.Module):
 
 
 class SpatialTemporalTransformer(nn.Module):
-    """Transformer blocks over (B, C, T, H, W), added to the input. Starts as the identity."""
+    """Transformer blocks over (B, C, T, H, W), added to the input. Starts as the identity.
+
+    Frame positions are added to the tokens, so that the text and the feed-forward see them too, not the attention over
+    frames alone: a small network then learns in a thousand steps which way a cloud is told to drift.
+    """
 
     def __init__(
         self,
@@ -146,15 +146,18 @@ class SpatialTemporalTransformer(nn.Module):
         groups: int,
     ) -> None:
         super().__init__()
+        self.frame_positions = frame_positions
         self.norm = GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = FrameConv(channels, channels, kernel=1)
         self.transformer_blocks = nn.ModuleList(
-            SpaceTimeBlock(channels, heads, context_dim, reach, frame_positions, dropout) for _ in range(depth)
+            SpaceTimeBlock(channels, heads, context_dim, reach, dropout) for _ in range(depth)
         )
         self.proj_out = zeroed(FrameConv(channels, channels, kernel=1))
 
     def forward(self, x: Tensor, embedding: Tensor | None = None, context: Tensor | None = None) -> Tensor:
         tokens = self.proj_in(self.norm(x)).flatten(3).permute(0, 2, 3, 1)  # (B, T, P, C)
+        if self.frame_positions:
+            tokens = tokens + sinusoids(torch.arange(x.shape[2], device=x.device), x.shape[1])[:, None].to(tokens.dtype)
         for block in self.transformer_blocks:
             tokens = block(tokens, context)
         return x + self.proj_out(tokens.permute(0, 3, 1, 2).unflatten(3, x.shape[3:]).contiguous())

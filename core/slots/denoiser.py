@@ -46,7 +46,7 @@ class LVDMShortUNet(Denoiser):
     use_scale_shift_norm: bool = True
     """The time embedding scales and shifts the norm, instead of being added."""
     frame_positions: bool = False
-    """Sinusoidal frame positions in temporal attention. Off in the published weights."""
+    """Sinusoidal frame positions, in temporal attention or in all of a transformer. Off in the published weights."""
     norm_num_groups: int = 32
     """Groups of every group norm."""
     dropout: float = 0.0

@@ -109,7 +109,7 @@ def test_a_fresh_unet_has_its_branches_and_all_of_temporal_attention_at_zero():
 @pytest.mark.parametrize("relative", [True, False])
 def test_temporal_attention_leaves_zero(relative):
     torch.manual_seed(0)
-    attention = TemporalAttention(32, heads=4, reach=4 if relative else None, frame_positions=False, dropout=0.0)
+    attention = TemporalAttention(32, heads=4, reach=4 if relative else None, dropout=0.0)
     optimizer, x = torch.optim.SGD(attention.parameters(), lr=0.1), noise(2, 4, 3, 32)
     for _ in range(3):
         optimizer.zero_grad()
