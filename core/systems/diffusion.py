@@ -155,7 +155,7 @@ class DiffusionSystem(System):
 
     def lost_tokens(self, prompt: str) -> int:
         counted = getattr(self.text, "lost_tokens", None)
-        return counted(prompt) if counted else 0
+        return int(counted(prompt)) if counted else 0
 
     def _latent_shape(self, clip: Sequence[int]) -> tuple[int, ...]:
         """Pixel (T, H, W) → latent (C, T', H', W'), by the autoencoder's own factors."""

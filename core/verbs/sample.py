@@ -150,10 +150,10 @@ def _peers() -> Iterator[tuple[int, int]]:
 
 
 def _studio(
-    source: Source, flags: SampleFlags, sampler: Sampler, requests: Sequence[Request], place_: tuple[int, int]
+    source: Source, flags: SampleFlags, sampler: Sampler, requests: Sequence[Request], at: tuple[int, int]
 ) -> Studio:
-    """Everything loaded and checked; the notes are said. `place_` is the rank and the number of ranks."""
-    rank, world = place_
+    """Everything loaded and checked; the notes are said. `at` is the rank and the number of ranks."""
+    rank, world = at
     device, recipe = choose_device(flags.device), source.recipe
     system, averaged = load_networks(source, flags.raw)
     clip = _clip_shape(flags, recipe, system)
