@@ -259,8 +259,10 @@ def _sample(words: list[str]) -> int:
         raise
     (flags,) = parse(words[1:], SampleFlags(sampler=source.recipe.validation.sampler))
     from core.verbs.run import torchrun
+    from core.verbs.sample import asked
     from core.verbs.sample import run as make
 
+    asked(source, flags)  # said once, not by each process
     if flags.nproc > 1 and "WORLD_SIZE" not in os.environ:
         return torchrun(flags.nproc, ["sample", *words])
     out = make(source, flags)

@@ -16,7 +16,7 @@ from typing import Any
 def write_atomic(path: Path, text: str) -> None:
     """Write `text` so that a reader finds the old file or the new one, never a part; it survives a power cut."""
     partial = path.with_name(f".partial-{path.name}")
-    with partial.open("w") as file:
+    with partial.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

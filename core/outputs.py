@@ -159,10 +159,15 @@ def checkpoint_of(folder: Path) -> Path:
     """The newest whole checkpoint of a run. Raises UserError when it has none, saying what is wrong with those there
     are.
     """
+    return whole_checkpoint(folder)[0]
+
+
+def whole_checkpoint(folder: Path) -> tuple[Path, list[str]]:
+    """The same, and a line on each newer one that is damaged."""
     found, damaged = newest(folder / "checkpoints")
     if found is None:
         raise UserError(f"{folder} has no whole checkpoint{': ' if damaged else ''}{'; '.join(damaged)}")
-    return found
+    return found, damaged
 
 
 def refuse_other_recipe(ours: Recipe, theirs: Recipe, where: Path, allow: tuple[str, ...] = ()) -> None:

@@ -40,13 +40,15 @@ class Request(NamedTuple):
         return f"{slug(self.prompt)}-{self.number:03d}"
 
 
-def wanted(prompts: Sequence[str], num: int, first: int = 0) -> list[Request]:
-    """`num` clips of each prompt, in order, counted from `first`. A prompt that is given twice gets twice as many."""
-    seen: Counter[str] = Counter()
+def wanted(prompts: Sequence[str], num: int, before: Sequence[Request] = ()) -> list[Request]:
+    """`num` clips of each prompt, in order, counted on from those of `before`. A prompt that is given twice gets twice
+    as many.
+    """
+    seen = Counter(request.prompt for request in before)
     made: list[Request] = []
     for prompt in prompts:
         for _ in range(num):
-            made.append(Request(first + len(made), prompt, seen[prompt]))
+            made.append(Request(len(before) + len(made), prompt, seen[prompt]))
             seen[prompt] += 1
     return made
 
@@ -71,6 +73,13 @@ def prompts_in(file: Path) -> list[str]:
     return found
 
 
+def readable(text: str, where: str) -> str:
+    """The text, if it is one. Raises UserError for bytes that are no UTF-8, which Python hands on in disguise."""
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise UserError(f"{where}: {text!r} is not UTF-8")
+    return text
+
+
 def typed() -> Iterator[str]:
     """Prompts as they are typed or piped in, one a line, up to the end of the input."""
     while True:
@@ -83,4 +92,4 @@ def typed() -> Iterator[str]:
         if not line:
             return
         if line.strip():
-            yield line.strip()
+            yield readable(line.strip(), "--interactive")

@@ -1,36 +1,35 @@
 """Sampled clips as files: each as mp4, gif and a strip of frames, all as a grid, and the json that says what made them.
 
-Clips are written as they come and not kept, but for the few of the grid.
+Clips are written as they come and not kept, but for the few of the grid. A file is whole or absent, and the json is
+there before the first clip, so that a call that was killed can go on.
 """
 
 from __future__ import annotations
 
 import json
-import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from core.errors import UserError
+from core.files import read_json, write_atomic
 from core.media import enlarged, sheet, tiled, write_gif, write_mp4
 from core.preflight import writable
 from core.requests import Request
-from core.run_facts import run_facts
 
 GRID = 16
 """Clips of the grid: the first ones."""
 STRIP = 16
 """Frames of a strip."""
 JSON = "samples.json"
+LIMIT = 2**30
+"""Bytes of it, at most: a hundred for each clip, and its prompt."""
 
 
 def fresh_folder(wanted: Path | None, default: Path) -> Path:
-    """Where clips go: `wanted`, or the first of `default`, `default-2`, … that is not there. Raises UserError when the
-    wanted one has samples in it.
-    """
-    if wanted is not None and (wanted / JSON).exists():
-        raise UserError(f"--output-dir {wanted} holds samples already: name another folder")
+    """Where clips go: `wanted`, or the first of `default`, `default-2`, … that is not there."""
     out, n = wanted or default, 1
     while wanted is None and out.exists():
         n += 1
@@ -39,46 +38,70 @@ def fresh_folder(wanted: Path | None, default: Path) -> Path:
     return out
 
 
-def write_clip(out: Path, request: Request, frames: np.ndarray, fps: int, formats: tuple[str, ...]) -> dict[str, Any]:
-    """Write one clip, (T, H, W, 3) uint8, in each format. Returns its entry in the json."""
-    paths = {kind: out / f"{request.name}.{kind}" for kind in formats}
+def goes_on(out: Path, told: dict[str, Any]) -> bool:
+    """Whether a call that was killed had begun to make the clips that `told` tells of in this folder. Raises UserError
+    where it holds other samples, or has them all.
+    """
+    if not (out / JSON).exists():
+        return False
+    try:
+        there = read_json(out / JSON, LIMIT)
+    except (OSError, ValueError):
+        there = None
+    if there == json.loads(json.dumps(told)):
+        return True
+    raise UserError(f"--output-dir {out} holds {_what_is_other(there, told)}: name another folder")
+
+
+def _what_is_other(there: Any, told: dict[str, Any]) -> str:
+    """In which words samples are not those that were wanted."""
+    if not isinstance(there, dict):
+        return f"a {JSON} that is none of ours"
+    wanted = json.loads(json.dumps(told | {"complete": True}))
+    other = [name for name in wanted if there.get(name) != wanted[name]]
+    return f"samples that differ in {', '.join(other)}" if other else "these samples already"
+
+
+def is_there(out: Path, entry: dict[str, Any]) -> bool:
+    """Whether all files of a clip are."""
+    return all((out / name).exists() for name in entry["files"])
+
+
+def entry_of(request: Request, formats: Sequence[str]) -> dict[str, Any]:
+    """What the json says of a clip: number, prompt, and files."""
+    return {**request._asdict(), "files": [f"{request.name}.{kind}" for kind in formats]}
+
+
+def write_clip(out: Path, entry: dict[str, Any], frames: np.ndarray, fps: int) -> None:
+    """Write one clip, (T, H, W, 3) uint8, into the files of its entry."""
     moving = enlarged(frames)
-    if "mp4" in paths:
-        write_mp4(paths["mp4"], moving, fps)
-    if "gif" in paths:
-        write_gif(paths["gif"], moving, fps)
-    if "png" in paths:
-        sheet(frames[None], columns=STRIP).save(paths["png"])
-    return {**request._asdict(), "files": [path.name for path in paths.values()]}
+    write = {
+        ".mp4": lambda path: write_mp4(path, moving, fps),
+        ".gif": lambda path: write_gif(path, moving, fps),
+        ".png": lambda path: sheet(frames[None], columns=STRIP).save(path),
+    }
+    for name in entry["files"]:
+        _whole(out / name, write[Path(name).suffix])
+
+
+def _whole(path: Path, write: Callable[[Path], object]) -> None:
+    """A file that a reader finds whole or not at all."""
+    partial = path.with_name(f".partial-{path.name}")
+    write(partial)
+    partial.replace(path)
 
 
 def write_overview(out: Path, clips: list[np.ndarray], fps: int, formats: tuple[str, ...]) -> None:
     """The first clips side by side as one moving grid, and as a sheet of their frames."""
     frames = np.stack(clips)
     moving = enlarged(tiled(frames))
-    sheet(frames).save(out / "sheet.png")
+    _whole(out / "sheet.png", sheet(frames).save)
     if "mp4" in formats:
-        write_mp4(out / "grid.mp4", moving, fps)
+        _whole(out / "grid.mp4", lambda path: write_mp4(path, moving, fps))
     if "gif" in formats:
-        write_gif(out / "grid.gif", moving, fps)
+        _whole(out / "grid.gif", lambda path: write_gif(path, moving, fps))
 
 
-def write_json(out: Path, made_by: dict[str, Any], clips: list[dict[str, Any]]) -> None:
-    """What made the clips, and each clip: its number, prompt, and files."""
-    text = json.dumps(
-        {**made_by, "clips": sorted(clips, key=lambda clip: clip["number"])}, indent=1, ensure_ascii=False
-    )
-    (out / JSON).write_text(text + "\n", encoding="utf-8")
-
-
-def log_to_run(run: Path, out: Path, store: str | None) -> None:
-    """Log the folder of samples to the MLflow run that they are from. A store that does not take them is a warning."""
-    from core.tracking import client, first_line, store_of
-
-    facts = run_facts(run)
-    if not facts.get("run_id"):
-        return
-    try:
-        client(store_of(facts, store)).log_artifacts(facts["run_id"], str(out), f"samples/{out.name}")
-    except Exception as error:  # noqa: BLE001  whatever the store does, the samples are there
-        warnings.warn(f"the samples are in {out}, but MLflow did not take them ({first_line(error)})", stacklevel=2)
+def write_json(out: Path, told: dict[str, Any]) -> None:
+    """What made the clips, and which they are."""
+    write_atomic(out / JSON, json.dumps(told, indent=1, ensure_ascii=False) + "\n")

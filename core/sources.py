@@ -18,7 +18,7 @@ from core import checkpoint, manifest
 from core.build import load_frozen
 from core.distributed import Ranks
 from core.errors import UserError
-from core.outputs import checkpoint_of, find_run
+from core.outputs import find_run, whole_checkpoint
 from core.recipe_file import FILE_NAME, read
 from core.slots import Recipe, Slot
 from core.systems import System
@@ -43,6 +43,8 @@ class Source:
     checkpoint: Path | None = None
     weights: str | None = None
     """What `--weights` names, or the exported folder. With neither this nor a checkpoint the networks are fresh."""
+    notes: tuple[str, ...] = ()
+    """What a person should know of it."""
 
 
 def find_source(
@@ -93,9 +95,10 @@ def _of_folder(folder: Path, recipe: Recipe | None) -> Source:
 
 
 def _of_run(folder: Path) -> Source:
-    found = checkpoint_of(folder)
+    found, damaged = whole_checkpoint(folder)
     recipe = read(folder)
-    return Source(recipe, recipe, found.name, run=folder, checkpoint=found)
+    notes = tuple(f"damaged, so an older one is taken: {line}" for line in damaged)
+    return Source(recipe, recipe, found.name, run=folder, checkpoint=found, notes=notes)
 
 
 def _of_checkpoint(folder: Path) -> Source:
@@ -149,8 +152,9 @@ def _with_parts_in(recipe: Recipe, folder: Path) -> Recipe:
 # ------------------------------------------------------------------------------------------------------------- weights
 
 
-def load_networks(source: Source, raw: bool = False) -> tuple[System, bool]:
-    """The system of a source with its weights, on the CPU, and whether they are the moving average.
+def load_networks(source: Source, raw: bool = False) -> tuple[System, bool | None]:
+    """The system of a source with its weights, on the CPU, and whether they are the moving average; None where only
+    whoever wrote the weights knows.
 
     Raises UserError for what cannot be sampled from, and for weights that do not fit.
     """
@@ -168,7 +172,7 @@ def load_networks(source: Source, raw: bool = False) -> tuple[System, bool]:
     elif source.weights:
         for name, module in system.trained.items():
             load_component(module, source.weights, name)
-    return system, averaged and source.checkpoint is not None
+    return system, averaged if source.checkpoint else None
 
 
 def load_trained(system: System, found: Path, here: Ranks, averaged: bool) -> bool:

@@ -126,12 +126,19 @@ def real_clips(dataset: Any, count: int, workers: int = 0) -> Tensor:
 @torch.no_grad()
 def reconstructions(system: System, dataset: Any, recipe: Recipe, ranks: Ranks) -> Tensor | None:
     """Held-out clips above their reconstructions, (2n, 3, T, H, W) on the CPU; None where there is no autoencoder."""
-    keys = fixed_keys(dataset, max(1, min(recipe.validation.num_samples, recipe.validation.batch_size)))
-    batch = to_device(next(batches(dataset, [keys], workers=0, pin=False)), ranks.device)
-    draw = Draw.fixed("reconstruct", batch["id"], batch["place"], len(keys), ranks.device)
-    with autocast(recipe.loop.precision, ranks.device):
-        made = system.reconstruct(batch, draw)
-    return None if made is None else torch.stack([batch["pixel_values"], made], 1).flatten(0, 1).cpu()
+    slot = recipe.validation
+    keys = fixed_keys(dataset, max(1, slot.num_samples))
+    parts = [keys[i : i + slot.batch_size] for i in range(0, len(keys), slot.batch_size)]
+    pairs: list[Tensor] = []
+    for batch in batches(dataset, parts, workers=0, pin=False):
+        batch = to_device(batch, ranks.device)
+        draw = Draw.fixed("reconstruct", batch["id"], batch["place"], len(keys), ranks.device)
+        with autocast(recipe.loop.precision, ranks.device):
+            made = system.reconstruct(batch, draw)
+        if made is None:
+            return None
+        pairs.append(torch.stack([batch["pixel_values"], made], 1).flatten(0, 1).cpu())
+    return torch.cat(pairs)
 
 
 def frechet(generated: Tensor, training: Any, held_out: Any, recipe: Recipe) -> dict[str, float]:

@@ -67,6 +67,12 @@ class CLIPTextEncoder(nn.Module):
         )["input_ids"]
         return ids.to(self.device, non_blocking=True)  # type: ignore[no-any-return]
 
+    def lost_tokens(self, caption: str) -> int:
+        """Tokens of a caption that `tokens` cuts off."""
+        assert self.tokenizer is not None
+        ids = self.tokenizer(caption, verbose=False)["input_ids"]
+        return max(len(ids) - self.slot.max_length, 0)
+
     @torch.no_grad()
     def forward(self, captions: Sequence[str]) -> Tensor:
         return self.model(input_ids=self.tokens(captions)).last_hidden_state.float()  # type: ignore[no-any-return]

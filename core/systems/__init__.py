@@ -50,6 +50,10 @@ class System:
         """What frames, height and width of a sampled clip must be multiples of."""
         return 1, 1, 1
 
+    def lost_tokens(self, prompt: str) -> int:
+        """Tokens of a prompt that are cut off because it is too long."""
+        return 0
+
     def reconstruct(self, batch: Batch, draw: Draw) -> Tensor | None:
         """The batch's clips through the autoencoder, (B, 3, T, H, W); None where there is none."""
         return None

@@ -153,6 +153,10 @@ class DiffusionSystem(System):
         space = inner * getattr(vae, "spatial_factor", 1)
         return getattr(vae, "temporal_factor", 1), space, space
 
+    def lost_tokens(self, prompt: str) -> int:
+        counted = getattr(self.text, "lost_tokens", None)
+        return int(counted(prompt)) if counted else 0
+
     def _latent_shape(self, clip: Sequence[int]) -> tuple[int, ...]:
         """Pixel (T, H, W) → latent (C, T', H', W'), by the autoencoder's own factors."""
         vae = self.autoencoder

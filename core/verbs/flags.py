@@ -87,6 +87,8 @@ class SampleFlags(VerbFlags):
                 self.refuse(name, "must be at least 1")
         if self.seed < 0:
             self.refuse("seed", "must not be negative")
+        if not self.formats:
+            self.refuse("formats", "name mp4, gif or png")
         if self.guidance_scale is not None and self.guidance_scale < 0:
             self.refuse("guidance_scale", "must not be negative")
 

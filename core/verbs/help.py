@@ -62,8 +62,8 @@ VERBS = {
         "WHAT is an MLflow run id or a directory, or the name of a recipe. Clips are of the texts of --prompt, of\n"
         "those in the file --prompts (one a line), or of what is typed (--interactive). The averaged weights are\n"
         "used where there are some, unless --raw is given. The same seed gives the same clip of a prompt, whatever\n"
-        "else is made. Each clip is an mp4, a gif and a strip of frames; samples.json says what made it. Prints the\n"
-        "folder.",
+        "else is made. Each clip is an mp4, a gif and a strip of frames; samples.json says what made it. The same\n"
+        "command with the same --output-dir goes on after a kill. Prints the folder.",
         "python -m registry sample runs/first --num 8 --seed 1 --sampler=DPMSolverMultistep --steps 20",
     ),
     "measure-latents": Verb(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -23,8 +24,19 @@ from core.media import to_uint8
 from core.precision import autocast
 from core.provenance import versions
 from core.recipe_file import delta_flags, recipe_hash
-from core.requests import Request, prompts_in, typed, wanted
-from core.sample_files import GRID, fresh_folder, log_to_run, write_clip, write_json, write_overview
+from core.requests import Request, prompts_in, readable, typed, wanted
+from core.run_facts import run_facts
+from core.sample_files import (
+    GRID,
+    entry_of,
+    fresh_folder,
+    goes_on,
+    is_there,
+    write_clip,
+    write_json,
+    write_overview,
+)
+from core.sample_log import log_to_run
 from core.sampling import signal_at_start
 from core.slots import RECIPES, Recipe, Sampler
 from core.slots.slot import to_json
@@ -50,35 +62,51 @@ def sample(where: str | Source, **given: Any) -> Path:
 
 def run(source: Source, flags: SampleFlags) -> Path:
     """The clips that `flags` ask for, spread over the ranks that torchrun has started, each clip once."""
-    recipe = source.recipe
-    texts = _texts(flags, recipe)
-    sampler = _sampler(flags, recipe)
+    texts, sampler = asked(source, flags)
+    num = flags.num or (1 if source.recipe.told else 4)
+    requests = [] if flags.interactive else wanted(texts, num)
     with _peers() as (rank, world):
-        if flags.interactive and world > 1:
-            raise UserError("--interactive: prompts are typed to one process; take --prompts FILE on several")
-        studio = _studio(source, flags, sampler, rank, world)
+        studio = _studio(source, flags, sampler, requests, (rank, world))
         if flags.interactive:
-            with suppress(KeyboardInterrupt):  # another way to end
-                for text in typed():
-                    clips = studio.make(wanted([text], flags.num or 1, first=len(studio.records)))
-                    print("\n".join(str(studio.out / file) for clip in clips for file in clip["files"]), flush=True)
+            _converse(studio, flags.num or 1)
         else:
-            studio.make(wanted(texts, flags.num or (1 if recipe.told else 4)))
+            studio.make(requests)
         studio.finish()
         return studio.out
 
 
+def asked(source: Source, flags: SampleFlags) -> tuple[list[str], Sampler]:
+    """The prompts and the sampler: all that can be wrong before anything is loaded. Raises UserError."""
+    return _texts(flags, source.recipe), _sampler(flags, source.recipe)
+
+
+def _converse(studio: Studio, num: int) -> None:
+    """Clips of each prompt that is typed, made before the next is read. Raises UserError when there was none."""
+    with suppress(KeyboardInterrupt):  # another way to end
+        for text in typed():
+            files = studio.make(wanted([text], num, before=studio.requests))
+            print("\n".join(str(studio.out / name) for name in files), flush=True)
+    studio.keep_what_is_there()
+    if not studio.requests:
+        with suppress(OSError):  # it holds something
+            studio.out.rmdir()
+        raise UserError("--interactive: no prompt was typed")
+
+
 def _texts(flags: SampleFlags, recipe: Recipe) -> list[str]:
-    """The prompts, known before anything is loaded. Raises UserError for prompts that nobody reads, or none."""
+    """The prompts. Raises UserError for prompts that nobody reads, or none."""
     given = {"prompt": flags.prompt, "prompts": flags.prompts, "interactive": flags.interactive}
     ways = [f"--{name}" for name, value in given.items() if value]
     if len(ways) > 1:
         raise UserError(f"{' and '.join(ways)}: give prompts in one way")
     if ways and not recipe.told:
         raise UserError(f"{ways[0]}: {recipe.name} is told no text")
+    if flags.interactive and max(flags.nproc, int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise UserError("--interactive: prompts are typed to one process; take --prompts FILE on several")
     if flags.interactive or not recipe.told:
         return [""]
-    texts = prompts_in(flags.prompts) if flags.prompts else list(flags.prompt or recipe.validation.prompts)
+    said = [readable(text, "--prompt") for text in flags.prompt]
+    texts = prompts_in(flags.prompts) if flags.prompts else said or list(recipe.validation.prompts)
     if not texts:
         raise UserError(f"{recipe.name} is told a text: give --prompt, --prompts FILE or --interactive")
     return texts
@@ -95,6 +123,7 @@ def _sampler(flags: SampleFlags, recipe: Recipe) -> Sampler:
     if flags.eta is not None and not hasattr(flags.sampler, "eta"):
         raise UserError(f"--eta {flags.eta}: {type(flags.sampler).__name__} has no eta; take --sampler=DDIM")
     sampler = flags.sampler.but(**{name: value for name, value in short.items() if value is not None})
+    readable(sampler.negative_prompt, "--negative-prompt")
     guided = sampler.guidance_scale != 1.0
     if not recipe.told and (guided or sampler.negative_prompt):
         raise UserError(f"--guidance-scale, --negative-prompt: {recipe.name} is told no text")
@@ -120,26 +149,39 @@ def _peers() -> Iterator[tuple[int, int]]:
         dist.destroy_process_group()
 
 
-def _studio(source: Source, flags: SampleFlags, sampler: Sampler, rank: int, world: int) -> Studio:
-    """Everything loaded and checked; the notes are said."""
+def _studio(
+    source: Source, flags: SampleFlags, sampler: Sampler, requests: Sequence[Request], at: tuple[int, int]
+) -> Studio:
+    """Everything loaded and checked; the notes are said. `at` is the rank and the number of ranks."""
+    rank, world = at
     device, recipe = choose_device(flags.device), source.recipe
     system, averaged = load_networks(source, flags.raw)
     clip = _clip_shape(flags, recipe, system)
-    out = _agreed(fresh_folder(flags.output_dir, _default(source, flags)) if rank == 0 else None, world)
+    notes = [*source.notes, *_notes(source, sampler, clip)]
+    made_by = _made_by(source, flags, sampler, clip) | {"averaged": averaged, "device": device.type, "notes": notes}
+    found = None
+    if rank == 0:
+        out = fresh_folder(flags.output_dir, _default(source, flags))
+        found = out, goes_on(out, json_of(made_by, requests, flags.formats))
+    out, again = _from_first(found, world)
     place(system, recipe, Ranks(device, rank, 1, None))
     system.mode(training=False)
-    notes = list(_notes(source, sampler, clip))
     if rank == 0:
-        print("".join(f"note: {note}\n" for note in notes), end="", file=sys.stderr, flush=True)
-    made_by = _made_by(source, flags, sampler, clip) | {"averaged": averaged, "device": device.type, "notes": notes}
-    return Studio(source, flags, sampler, system, clip, device, out, made_by, rank, world)
+        for note in [*notes, *([f"goes on in {out}: clips that are there stay"] if again else [])]:
+            say(note)
+    return Studio(source, flags, sampler, system, clip, device, out, made_by, again, rank, world)
 
 
-def _agreed(value: Path | None, world: int) -> Path:
+def say(note: str) -> None:
+    """What a person should know."""
+    print(f"note: {note}", file=sys.stderr, flush=True)
+
+
+def _from_first(value: Any, world: int) -> Any:
+    """What rank 0 has, on every rank."""
     box = [value]
     if world > 1:
         dist.broadcast_object_list(box, src=0)
-    assert box[0] is not None
     return box[0]
 
 
@@ -189,11 +231,13 @@ def _made_by(source: Source, flags: SampleFlags, sampler: Sampler, clip: tuple[i
     """All that decides what the clips look like, for the json."""
     written = source.written
     kind: Any = RECIPES.get(written.name)
+    run_id = run_facts(source.run).get("run_id") if source.run else None
     return {
         "recipe": written.name,
         "recipe_delta": delta_flags(written, kind()) if kind else None,
         "recipe_hash": recipe_hash(written),
         "run": str(source.run) if source.run else None,
+        "run_id": run_id or None,
         "checkpoint": str(source.checkpoint) if source.checkpoint else None,
         "weights": source.weights,
         "weights_hash": weights_hash(source),
@@ -208,6 +252,29 @@ def _made_by(source: Source, flags: SampleFlags, sampler: Sampler, clip: tuple[i
     }
 
 
+def json_of(made_by: dict[str, Any], requests: Sequence[Request], formats: Sequence[str]) -> dict[str, Any]:
+    """The json, as long as not all clips are there."""
+    return {**made_by, "complete": False, "clips": [entry_of(request, formats) for request in requests]}
+
+
+class Pace:
+    """How far it is, in a line every PAUSE seconds."""
+
+    PAUSE = 10.0
+
+    def __init__(self, total: int, talks: bool) -> None:
+        self._total, self._talks = total, talks
+        self._began = self._said = time.monotonic()
+
+    def say(self, done: int) -> None:
+        """`done` clips of this process are there."""
+        now = time.monotonic()
+        if self._talks and now - self._said >= self.PAUSE and done < self._total:
+            self._said = now
+            left = (now - self._began) / done * (self._total - done)
+            print(f"{done} of {self._total} clips, {left / 60:.1f} min left", file=sys.stderr, flush=True)
+
+
 @dataclass
 class Studio:
     """A loaded system that makes clips and writes them down."""
@@ -220,43 +287,69 @@ class Studio:
     device: torch.device
     out: Path
     made_by: dict[str, Any]
+    again: bool = False
+    """A call that was killed has made some of the clips."""
     rank: int = 0
     world: int = 1
-    records: list[dict[str, Any]] = field(default_factory=list)
+    requests: list[Request] = field(default_factory=list)
+    """All clips so far, of all ranks."""
     shown: dict[int, np.ndarray] = field(default_factory=dict)
     """The clips of the grid by number, (T, H, W, 3) uint8."""
 
-    def make(self, requests: Sequence[Request]) -> list[dict[str, Any]]:
-        """Make and write this rank's share of the clips: every world-th. Returns their entries in the json."""
-        share = requests[self.rank :: self.world]
+    def make(self, requests: Sequence[Request]) -> list[str]:
+        """Make and write this rank's share of the clips: every world-th. Returns the files of all."""
+        self.requests += requests
+        self._tell(complete=False)
+        self._say_what_is_cut(requests)
+        share = [request for request in requests[self.rank :: self.world] if not self._is_made(request)]
         size = self.flags.batch_size or self.source.recipe.validation.batch_size
-        made = [entry for i in range(0, len(share), size) for entry in self._batch(share[i : i + size])]
-        self.records += made
-        return made
+        pace = Pace(len(share), self.rank == 0)
+        for i in range(0, len(share), size):
+            self._batch(share[i : i + size])
+            pace.say(min(i + size, len(share)))
+        return [name for request in requests for name in self._entry(request)["files"]]
 
-    def _batch(self, requests: Sequence[Request]) -> list[dict[str, Any]]:
+    def keep_what_is_there(self) -> None:
+        """Forget the clips that were interrupted."""
+        self.requests = [request for request in self.requests if is_there(self.out, self._entry(request))]
+
+    def _say_what_is_cut(self, requests: Sequence[Request]) -> None:
+        for text in dict.fromkeys(request.prompt for request in requests) if self.rank == 0 else ():
+            if lost := self.system.lost_tokens(text):
+                say(f"the text encoder does not read the last {lost:,} tokens of {text[:60]!r}…")
+
+    def _entry(self, request: Request) -> dict[str, Any]:
+        return entry_of(request, self.flags.formats)
+
+    def _is_made(self, request: Request) -> bool:
+        """Whether it was made by a call before this one. The grid's are made again: it needs all their pixels."""
+        return self.again and request.number >= GRID and is_there(self.out, self._entry(request))
+
+    def _batch(self, requests: Sequence[Request]) -> None:
         ids, places = [request.id for request in requests], [request.number for request in requests]
         draw = Draw.fixed(f"sample {self.flags.seed}", ids, places, max(places) + 1, self.device)
         with autocast(self.source.recipe.loop.precision, self.device):
             clips = self.system.sample([request.prompt for request in requests], self.clip, self.sampler, draw)
         assert clips is not None
-        frames = to_uint8(clips)
-        self.shown |= {r.number: clip for r, clip in zip(requests, frames, strict=True) if r.number < GRID}
-        fps, formats = self.made_by["fps"], self.flags.formats
-        return [write_clip(self.out, r, clip, fps, formats) for r, clip in zip(requests, frames, strict=True)]
+        for request, frames in zip(requests, to_uint8(clips), strict=True):
+            write_clip(self.out, self._entry(request), frames, self.made_by["fps"])
+            if request.number < GRID:
+                self.shown[request.number] = frames
+
+    def _tell(self, complete: bool) -> None:
+        if self.rank == 0:
+            write_json(self.out, json_of(self.made_by, self.requests, self.flags.formats) | {"complete": complete})
 
     def finish(self) -> None:
-        """Bring the shares together: grid, sheet, json; log them to the run."""
-        shares: list[Any] = [(self.records, self.shown)]
+        """Bring the shares together in a grid and a sheet; log them all to the run."""
+        shares = [self.shown]
         if self.world > 1:
-            shares = [None] * self.world
-            dist.all_gather_object(shares, (self.records, self.shown))
+            shares *= self.world
+            dist.all_gather_object(shares, self.shown)
         if self.rank:
             return
-        records = [record for part, _ in shares for record in part]
-        shown = {index: clip for _, part in shares for index, clip in part.items()}
-        if shown:
-            write_overview(self.out, [shown[i] for i in sorted(shown)], self.made_by["fps"], self.flags.formats)
-        write_json(self.out, self.made_by, records)
-        if self.source.run and self.flags.log:
-            log_to_run(self.source.run, self.out, self.flags.store)
+        shown = {index: clip for part in shares for index, clip in part.items()}
+        write_overview(self.out, [shown[i] for i in sorted(shown)], self.made_by["fps"], self.flags.formats)
+        self._tell(complete=True)
+        if self.source.run and self.flags.log and (trouble := log_to_run(self.source.run, self.out, self.flags.store)):
+            say(trouble)

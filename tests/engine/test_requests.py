@@ -38,10 +38,18 @@ def test_names_keep_what_can_be_read(prompt, name):
 
 @given(st.lists(st.text(max_size=3), max_size=6), st.integers(1, 4))
 def test_clips_are_numbered_once_and_no_two_have_the_same_noise(prompts, num):
-    made = wanted(prompts, num, first=5)
-    assert [request.number for request in made] == list(range(5, 5 + num * len(prompts)))
+    made = wanted(prompts, num)
+    assert [request.number for request in made] == list(range(num * len(prompts)))
     assert len({request.id for request in made}) == len(made)
     assert len({request.name for request in made}) == len(made)
+
+
+@given(st.lists(st.text(max_size=1), max_size=6), st.integers(1, 3))
+def test_prompts_that_come_one_after_the_other_are_those_that_come_together(prompts, num):
+    asked = []
+    for prompt in prompts:
+        asked += wanted([prompt], num, before=asked)
+    assert asked == wanted(prompts, num)
 
 
 def test_a_file_of_prompts_is_read_without_its_mark_and_empty_lines(tmp_path):

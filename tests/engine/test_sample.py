@@ -1,7 +1,9 @@
 """`sample` and `measure-latents` on a real run."""
 
 import json
+import os
 import shutil
+import time
 
 import av
 import numpy as np
@@ -9,14 +11,22 @@ import pytest
 from mlflow import MlflowClient
 from PIL import Image
 
+import core.sample_log
 from core.errors import UserError
-from core.slots import DDIM, Heun
+from core.journal import Journal
+from core.run_facts import run_facts, write_facts
+from core.slots import DDIM, DDPM, LMS, PNDM, DPMSolverMultistep, Euler, EulerAncestral, FlowMatchEuler, Heun, UniPC
 from core.sources import find_source
 from core.validate import real_clips
 from core.verbs.measure import measure_latents
 from core.verbs.sample import sample as sample_from
-from registry import get, names
+from core.verbs.sync import sync
+from registry import get, main, names
 from tests.engine.running import registry, run_here, short
+from tests.tracking.servers import deaf
+
+SMALL = {"frames": 4, "height": 32, "width": 32, "formats": ("png",)}
+"""Clips that cost little, where it is not their contents that matter."""
 
 
 def sample(where, **given):
@@ -135,32 +145,124 @@ def test_the_json_says_all_that_made_the_clips(run, tmp_path):
 
 def test_samples_never_mix_with_others(run, tmp_path):
     out = str(run[0].output_dir)
-    first, second = sample(out, formats=("png",), seed=77), sample(out, formats=("png",), seed=77)
+    first, second = sample(out, seed=77, **SMALL), sample(out, seed=77, **SMALL)
     assert first.parent == second.parent == run[0].output_dir / "samples"
     assert (first.name, second.name) == ("step-00000006-seed-77", "step-00000006-seed-77-2")
     assert {p.suffix for p in first.iterdir()} == {".png", ".json"}
-    with pytest.raises(UserError, match="holds samples already"):
-        sample(out, output_dir=first)
+    with pytest.raises(UserError, match="holds these samples already: name another folder"):
+        sample(out, output_dir=first, seed=77, **SMALL)
+    with pytest.raises(UserError, match="holds samples that differ in seed, clips: name another folder"):
+        sample(out, output_dir=first, num=2, **SMALL)
+    (first / "samples.json").write_text("[]")
+    with pytest.raises(UserError, match=r"holds a samples.json that is none of ours"):
+        sample(out, output_dir=first, seed=77, **SMALL)
 
 
-def test_samples_are_logged_to_their_run_unless_told_not_to(run, tmp_path):
+def test_a_call_that_was_killed_goes_on_where_it_was(run, tmp_path, capsys):
+    """The clips of the grid are made again: it shows their pixels, which a lossy file does not hold."""
+    given = SMALL | {"num": 19, "batch_size": 4, "output_dir": tmp_path / "s"}
+    whole = sample(str(run[0].output_dir), **given)
+    sheet, before = (whole / "sheet.png").read_bytes(), [strip(whole, n) for n in range(19)]
+    killed = told(whole) | {"complete": False}
+    (whole / "samples.json").write_text(json.dumps(killed))
+    for n in (2, 17):
+        (whole / f"clip-{n:03d}.png").unlink()
+    (whole / "sheet.png").unlink()
+    (whole / ".partial-clip-017.png").write_bytes(b"torn")
+    os.utime(whole / "clip-018.png", (1, 1))
+    sample(str(run[0].output_dir), **given)
+    assert "goes on in" in capsys.readouterr().err
+    assert told(whole)["complete"] and len(told(whole)["clips"]) == 19
+    assert (whole / "clip-018.png").stat().st_mtime == 1
+    assert all(np.abs(strip(whole, n) - before[n]).max() <= 1 for n in range(19))
+    assert {p.name for p in whole.iterdir()} == {f"clip-{n:03d}.png" for n in range(19)} | {"sheet.png", "samples.json"}
+    assert abs(len((whole / "sheet.png").read_bytes()) - len(sheet)) < 1000
+
+
+def logged(client, run_id, name):
+    """What MLflow has of a folder of samples."""
+    return {f.path.removeprefix(f"samples/{name}/") for f in client.list_artifacts(run_id, f"samples/{name}")}
+
+
+def test_samples_are_logged_to_their_run_unless_told_not_to(run, tmp_path, capsys):
     result, store = run
-    sample(str(result.output_dir), log=True, output_dir=tmp_path / "logged")
-    client = MlflowClient(tracking_uri=store)
-    assert {f.path for f in client.list_artifacts(result.run_id, "samples/logged")} >= {
-        "samples/logged/sheet.png", "samples/logged/clip-000.mp4", "samples/logged/samples.json",
-    }  # fmt: skip
-    sample(str(result.output_dir), output_dir=tmp_path / "unlogged")
-    assert not client.list_artifacts(result.run_id, "samples/unlogged")
+    client, out = MlflowClient(tracking_uri=store), str(result.output_dir)
+    within = sample(out, log=True, seed=31, **SMALL)
+    assert logged(client, result.run_id, within.name) == {"sheet.png", "clip-000.png", "samples.json"}
+    sample(out, log=True, output_dir=tmp_path / "elsewhere", **SMALL)
+    assert logged(client, result.run_id, "elsewhere") == {"sheet.png", "clip-000.png", "samples.json"}
+    sample(out, output_dir=tmp_path / "unlogged", **SMALL)
+    assert not logged(client, result.run_id, "unlogged")
+    assert client.get_run(result.run_id).info.status == "FINISHED"
+    assert told(within)["run_id"] == result.run_id
+    assert "MLflow" not in capsys.readouterr().err
 
 
-def test_a_store_that_is_down_is_a_warning(run, tmp_path, monkeypatch):
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+def test_samples_of_a_run_that_is_being_trained_leave_its_journal_to_it(run, capsys):
+    result, store = run
+    journal = Journal(result.output_dir / "journal.jsonl")
+    size = journal.path.stat().st_size
+    made = sample(str(result.output_dir), log=True, seed=32, **SMALL)
+    journal.close()
+    assert journal.path.stat().st_size == size
+    assert logged(MlflowClient(tracking_uri=store), result.run_id, made.name) >= {"clip-000.png"}
+
+
+@pytest.fixture
+def deafened(run, tmp_path, monkeypatch):
+    """A copy of the run whose MLflow server takes connections and says nothing."""
+    monkeypatch.setattr(core.sample_log, "WAIT", 0.5)
     copied = shutil.copytree(run[0].output_dir, tmp_path / "copied")
-    (copied / "run.json").write_text(json.dumps({"run_id": "0" * 32, "store": "http://127.0.0.1:9"}))
-    with pytest.warns(UserWarning, match=r"the samples are in .*down, but MLflow did not take them"):
-        sample(str(copied), log=True, output_dir=tmp_path / "down")
-    assert (tmp_path / "down" / "samples.json").exists()
+    with deaf() as uri:
+        write_facts(copied, run_facts(copied) | {"store": uri})
+        yield copied
+
+
+def test_a_deaf_server_keeps_nobody_waiting_and_sync_brings_the_samples_when_it_hears(run, deafened, capsys):
+    began = time.monotonic()
+    made = sample(str(deafened), log=True, seed=33, **SMALL)
+    assert time.monotonic() - began < 60
+    said = capsys.readouterr().err
+    assert "MLflow did not take them" in said and f"later: python -m registry sync {deafened}" in said
+    assert told(made)["complete"]
+    assert sync(str(deafened), run[1]) == 0
+    client = MlflowClient(tracking_uri=run[1])
+    assert logged(client, run[0].run_id, made.name) == {"sheet.png", "clip-000.png", "samples.json"}
+
+
+def test_a_folder_elsewhere_that_mlflow_did_not_take_is_sent_by_mlflow_s_own_command(deafened, tmp_path, capsys):
+    made = sample(str(deafened), log=True, output_dir=tmp_path / "far", **SMALL)
+    said = capsys.readouterr().err
+    assert f"mlflow artifacts log-artifacts --run-id {run_facts(deafened)['run_id']} --local-dir {made}" in said
+
+
+def test_a_checkpoint_that_is_damaged_is_named_and_an_older_one_taken(run, tmp_path, capsys):
+    copied = shutil.copytree(run[0].output_dir, tmp_path / "copied")
+    newer = shutil.copytree(copied / "checkpoints" / "step-00000006", copied / "checkpoints" / "step-00000007")
+    weights = next(newer.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1])
+    made = sample(str(copied), output_dir=tmp_path / "s", **SMALL)
+    assert "note: damaged, so an older one is taken: " in capsys.readouterr().err
+    assert told(made)["checkpoint"].endswith("step-00000006") and "step-00000007" in told(made)["notes"][0]
+    with pytest.raises(UserError, match=f"checkpoint {newer}: .*; take another one of the run"):
+        sample(str(newer))
+    shutil.rmtree(copied / "checkpoints" / "step-00000006")
+    with pytest.raises(UserError, match=r"has no whole checkpoint: .*step-00000007"):
+        sample(str(copied))
+
+
+FIT = (DDIM(eta=1.0), DDPM(), PNDM(), LMS(), Euler(), EulerAncestral(), Heun(), DPMSolverMultistep(), UniPC())
+
+
+@pytest.mark.parametrize("sampler", FIT, ids=lambda sampler: type(sampler).__name__)
+def test_every_sampler_makes_the_same_clip_alone_and_among_others(run, tmp_path, sampler):
+    given = SMALL | {"sampler": sampler, "steps": 4, "seed": 8}
+    many = sample(str(run[0].output_dir), **given, num=3, batch_size=3, output_dir=tmp_path / "3")
+    alone = sample(str(run[0].output_dir), **given, num=3, batch_size=1, output_dir=tmp_path / "1")
+    assert told(many)["sampler"]["is"] == type(sampler).__name__
+    for n in range(3):
+        assert np.abs(strip(many, n) - strip(alone, n)).max() <= 1
+    assert np.abs(strip(many, 1) - strip(many, 2)).mean() > 4
 
 
 def test_two_processes_make_each_clip_once_and_the_clips_of_one(run, tmp_path):
@@ -185,6 +287,8 @@ def test_two_processes_make_each_clip_once_and_the_clips_of_one(run, tmp_path):
         ({"prompt": ["a"]}, "--prompt: lvdm-short-sky-tiny is told no text"),
         ({"interactive": True}, "--interactive: lvdm-short-sky-tiny is told no text"),
         ({"steps": 1000}, "--sampler=DDIM: DDIM takes at most 999 steps over 1000 timesteps"),
+        ({"sampler": FlowMatchEuler()}, "FlowMatchEuler needs a network that predicts flow, not v_prediction"),
+        ({"sampler": Heun(), "steps": 1}, "Heun.num_inference_steps = 1: must be at least 2"),
         ({"num": 0}, "num = 0: must be at least 1"),
         ({"eta": 2.0}, "DDIM.eta = 2.0: must be in"),
     ],
@@ -201,22 +305,22 @@ def test_a_folder_that_is_none_of_the_sources_is_refused(tmp_path):
         find_source("nothing", get, names(), store=f"sqlite:///{tmp_path}/mlflow.db")
 
 
-def test_a_sampler_on_the_command_line_keeps_the_recipe_s_steps(run, tmp_path):
-    words = [
-        "sample",
-        str(run[0].output_dir),
-        "--sampler=UniPC",
-        "--sampler.solver-order",
-        "1",
-        "--no-log",
-        "--num",
-        "1",
-    ]
-    done = registry(*words, "--formats", "png", "--device", "cpu", "--output-dir", "u", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_a_sampler_on_the_command_line_keeps_the_recipe_s_steps(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["sample", str(run[0].output_dir), "--sampler=UniPC", "--sampler.solver-order", "1", "--no-log"]
+    assert main([*words, "--num", "1", "--formats", "png", "--device", "cpu", "--output-dir", "u"]) == 0
+    assert capsys.readouterr().out == "u\n"
     sampler = told(tmp_path / "u")["sampler"]
     assert (sampler["is"], sampler["solver_order"], sampler["num_inference_steps"]) == ("UniPC", 1, 2)
     assert isinstance(short("lvdm-short-sky-tiny", tmp_path).validation.sampler, DDIM)
+
+
+def test_what_is_wrong_is_said_once_and_not_by_each_process(run, capfd):
+    words = ["sample", str(run[0].output_dir), "--nproc", "2", "--device", "cpu"]
+    for more, why in ((["--interactive"], "is told no text"), (["--sampler=FlowMatchEuler"], "predicts flow")):
+        assert main([*words, *more]) == 2
+        said = capfd.readouterr().err.splitlines()
+        assert len(said) == 1 and why in said[0]
 
 
 def test_an_autoencoder_makes_no_samples_and_says_so(sky, store, tmp_path):

@@ -1,8 +1,8 @@
 """A run that is told a text, from launch to samples: the full-size recipe with every size cut, on captioned videos."""
 
+import io
 import json
-import os
-import subprocess
+import re
 import sys
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from core.train import train
 from core.validate import captions
 from core.verbs.sample import sample
 from registry import get
-from tests.engine.running import REPO, SHORT, losses, registry
+from tests.engine.running import SHORT, losses, registry
 from tests.models.tiny_text import SIZES, write_text
 
 CUT = {
@@ -132,15 +132,41 @@ def test_a_clip_of_a_prompt_does_not_depend_on_the_prompts_beside_it(run, tmp_pa
     assert np.abs(clips[0] - np.asarray(Image.open(beside / "red-000.png")).astype(int)).mean() > 2
 
 
-def test_prompts_that_are_typed_are_made_one_after_the_other_until_the_input_ends(run, tmp_path):
-    command = [sys.executable, "-m", "registry", "sample", str(run.output_dir), "--interactive", "--no-log"]
-    done = subprocess.run(
-        [*command, "--output-dir", "typed", "--formats", "png", "--device", "cpu"], input="red\n\nblue sky\n",
-        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["typed/red-000.png", "typed/blue-sky-001.png", "typed"]
-    assert (tmp_path / "typed" / "sheet.png").exists()
+def typing(monkeypatch, text):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+
+
+def test_prompts_that_are_typed_are_made_one_after_the_other_until_the_input_ends(run, tmp_path, capsys, monkeypatch):
+    """And they are the clips of a file with these lines, one typed twice included."""
+    options = {"device": "cpu", "log": False, "formats": ("png",)}
+    typing(monkeypatch, "red\n\nblue sky\nred")
+    typed = sample(str(run.output_dir), interactive=True, output_dir=tmp_path / "typed", **options)
+    files = ["red-000.png", "blue-sky-001.png", "red-002.png"]
+    assert capsys.readouterr().out.splitlines() == [str(typed / name) for name in files]
+    assert (typed / "sheet.png").exists() and json.loads((typed / "samples.json").read_text())["complete"]
+    (tmp_path / "p.txt").write_text("red\nblue sky\nred\n")
+    given = sample(str(run.output_dir), prompts=tmp_path / "p.txt", output_dir=tmp_path / "given", **options)
+    one, other = ([np.asarray(Image.open(folder / name)).astype(int) for name in files] for folder in (typed, given))
+    assert all(np.abs(a - b).max() <= 1 for a, b in zip(one, other, strict=True))
+    assert np.abs(one[0] - one[2]).mean() > 2
+
+
+def test_an_input_without_a_prompt_leaves_nothing_behind(run, tmp_path, monkeypatch):
+    typing(monkeypatch, "\n  \n")
+    with pytest.raises(UserError, match="--interactive: no prompt was typed"):
+        sample(str(run.output_dir), interactive=True, output_dir=tmp_path / "none", device="cpu")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_prompt_that_is_longer_than_what_is_read_is_said_and_made(run, tmp_path, capsys):
+    long = "cloud " * 1700
+    made = sample(
+        str(run.output_dir), prompt=[long, "red"], output_dir=tmp_path / "s", device="cpu", log=False, formats=("png",)
+    )
+    said = capsys.readouterr().err
+    assert re.search(r"note: the text encoder does not read the last [\d,]+ tokens of 'cloud cloud", said)
+    assert said.count("does not read") == 1
+    assert json.loads((made / "samples.json").read_text())["clips"][0]["prompt"] == long
 
 
 @pytest.mark.parametrize(
@@ -149,6 +175,8 @@ def test_prompts_that_are_typed_are_made_one_after_the_other_until_the_input_end
         ({}, "is told a text: give --prompt, --prompts FILE or --interactive"),
         ({"prompt": ["a"], "interactive": True}, "--prompt and --interactive: give prompts in one way"),
         ({"prompts": Path("nowhere.txt")}, "--prompts nowhere.txt: cannot be read as text"),
+        ({"prompt": ["a", "\udcff"]}, r"--prompt: '\\udcff' is not UTF-8"),
+        ({"interactive": True, "nproc": 2}, "--interactive: prompts are typed to one process"),
         ({"prompt": ["a"], "guidance_scale": 1.0, "negative_prompt": "b"}, "no effect at guidance scale 1"),
     ],
 )
