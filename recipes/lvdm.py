@@ -197,6 +197,7 @@ class LVDMText2VideoTiny(LVDMText2Video):
     (reference: 32), because the norm of a single channel takes out what the text added to it. fp32 (reference: fp16),
     no checkpointing and no workers: it is small. Samples take 25 steps with eta 0 and guidance 3 (reference: 50, 1 and
     9). The validation.metric is the share of 48 clips whose colour, direction and speed are those of their captions.
+    The goal is 0.8 of each. Measured: direction 0.81, speed 0.94, and colour 0.75, which is NOT THERE yet.
     """
 
     data: Data = CaptionedVideos(num_frames=8, resolution=64)
