@@ -56,7 +56,7 @@ def test_an_export_is_the_average_unless_raw_is_asked_for(run, tmp_path, capsys)
     _equal(_weights(tmp_path / "b" / "unet"), raw)
     _export(capsys, checkpoints(out / "checkpoints")[0], "--to", tmp_path / "c")
     _equal(_weights(tmp_path / "c" / "unet"), averaged)
-    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["scheduler", "unet", "vae"]
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["recipe.json", "scheduler", "unet", "vae"]
     _equal(_weights(tmp_path / "c" / "vae"), _weights(out / "export" / "vae"))
 
 

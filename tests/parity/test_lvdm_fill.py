@@ -105,7 +105,7 @@ def test_the_filled_text_unet_gives_the_original_s_figures():
 
 @torch.no_grad()
 def test_the_filled_attention_over_frames_gives_the_original_s_figures():
-    attention = _filled(TemporalAttention(32, heads=4, reach=4, frame_positions=False, dropout=0.0))
+    attention = _filled(TemporalAttention(32, heads=4, reach=4, dropout=0.0))
     y = attention(_cosine(2, 4, 32).unsqueeze(2)).squeeze(2)  # one pixel
     _is(y, *(0.012483, 0.870992, -0.99419, 1.00802, -0.51943, 0.21054, -0.05852))
 
