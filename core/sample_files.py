@@ -71,14 +71,16 @@ def write_json(out: Path, made_by: dict[str, Any], clips: list[dict[str, Any]]) 
     (out / JSON).write_text(text + "\n", encoding="utf-8")
 
 
-def log_to_run(run: Path, out: Path, store: str | None) -> None:
-    """Log the folder of samples to the MLflow run that they are from. A store that does not take them is a warning."""
+def log_to_run(run: Path, out: Path, store: str | None, place: str | None = None) -> None:
+    """Log the folder `out` to the MLflow run that it is from, as `place`, else in samples. A store that refuses it
+    is a warning.
+    """
     from core.tracking import client, first_line, store_of
 
     facts = run_facts(run)
     if not facts.get("run_id"):
         return
     try:
-        client(store_of(facts, store)).log_artifacts(facts["run_id"], str(out), f"samples/{out.name}")
+        client(store_of(facts, store)).log_artifacts(facts["run_id"], str(out), place or f"samples/{out.name}")
     except Exception as error:  # noqa: BLE001  whatever the store does, the samples are there
         warnings.warn(f"the samples are in {out}, but MLflow did not take them ({first_line(error)})", stacklevel=2)

@@ -51,12 +51,12 @@ def sample(where: str | Source, **given: Any) -> Path:
 def run(source: Source, flags: SampleFlags) -> Path:
     """The clips that `flags` ask for, spread over the ranks that torchrun has started, each clip once."""
     recipe = source.recipe
-    texts = _texts(flags, recipe)
-    sampler = _sampler(flags, recipe)
-    with _peers() as (rank, world):
+    texts = texts_of(flags, recipe)
+    sampler = sampler_of(flags, recipe)
+    with peers() as (rank, world):
         if flags.interactive and world > 1:
             raise UserError("--interactive: prompts are typed to one process; take --prompts FILE on several")
-        studio = _studio(source, flags, sampler, rank, world)
+        studio = open_studio(source, flags, sampler, rank, world)
         if flags.interactive:
             with suppress(KeyboardInterrupt):  # another way to end
                 for text in typed():
@@ -68,7 +68,7 @@ def run(source: Source, flags: SampleFlags) -> Path:
         return studio.out
 
 
-def _texts(flags: SampleFlags, recipe: Recipe) -> list[str]:
+def texts_of(flags: SampleFlags, recipe: Recipe) -> list[str]:
     """The prompts, known before anything is loaded. Raises UserError for prompts that nobody reads, or none."""
     given = {"prompt": flags.prompt, "prompts": flags.prompts, "interactive": flags.interactive}
     ways = [f"--{name}" for name, value in given.items() if value]
@@ -84,7 +84,7 @@ def _texts(flags: SampleFlags, recipe: Recipe) -> list[str]:
     return texts
 
 
-def _sampler(flags: SampleFlags, recipe: Recipe) -> Sampler:
+def sampler_of(flags: SampleFlags, recipe: Recipe) -> Sampler:
     """The sampler with the short flags applied. Raises UserError for flags that would have no effect."""
     short = {
         "num_inference_steps": flags.steps,
@@ -107,7 +107,7 @@ def _sampler(flags: SampleFlags, recipe: Recipe) -> Sampler:
 
 
 @contextmanager
-def _peers() -> Iterator[tuple[int, int]]:
+def peers() -> Iterator[tuple[int, int]]:
     """Rank and number of ranks. They meet when all is made, to hand over what each clip is: texts, over gloo."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
@@ -120,7 +120,7 @@ def _peers() -> Iterator[tuple[int, int]]:
         dist.destroy_process_group()
 
 
-def _studio(source: Source, flags: SampleFlags, sampler: Sampler, rank: int, world: int) -> Studio:
+def open_studio(source: Source, flags: SampleFlags, sampler: Sampler, rank: int, world: int) -> Studio:
     """Everything loaded and checked; the notes are said."""
     device, recipe = choose_device(flags.device), source.recipe
     system, averaged = load_networks(source, flags.raw)
@@ -234,13 +234,17 @@ class Studio:
         self.records += made
         return made
 
-    def _batch(self, requests: Sequence[Request]) -> list[dict[str, Any]]:
+    def clips(self, requests: Sequence[Request], sampler: Sampler) -> np.ndarray:
+        """Clips of some requests, (N, T, H, W, 3) uint8. The same request has the same noise, whatever the sampler."""
         ids, places = [request.id for request in requests], [request.number for request in requests]
         draw = Draw.fixed(f"sample {self.flags.seed}", ids, places, max(places) + 1, self.device)
         with autocast(self.source.recipe.loop.precision, self.device):
-            clips = self.system.sample([request.prompt for request in requests], self.clip, self.sampler, draw)
+            clips = self.system.sample([request.prompt for request in requests], self.clip, sampler, draw)
         assert clips is not None
-        frames = to_uint8(clips)
+        return to_uint8(clips)
+
+    def _batch(self, requests: Sequence[Request]) -> list[dict[str, Any]]:
+        frames = self.clips(requests, self.sampler)
         self.shown |= {r.number: clip for r, clip in zip(requests, frames, strict=True) if r.number < GRID}
         fps, formats = self.made_by["fps"], self.flags.formats
         return [write_clip(self.out, r, clip, fps, formats) for r, clip in zip(requests, frames, strict=True)]
