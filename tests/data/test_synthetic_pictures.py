@@ -86,6 +86,7 @@ def test_the_shipped_autoencoder_of_clouds_keeps_what_captions_say(test_set):
     vae = slot.build()
     load_component(vae, slot.weights, "vae")
     pictures, captions = test_set
-    seen = vae.eval().decode(vae.encode(pictures).mean).clamp(-1, 1)
+    vae.eval()
+    seen = torch.cat([vae.decode(vae.encode(few).mean) for few in pictures.split(2)]).clamp(-1, 1)
     assert psnr(seen, pictures) > 26
     assert min(scores(seen, captions).values()) >= 0.98
