@@ -6,27 +6,40 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from mlflow import MlflowClient
 from PIL import Image
 
+from core.build import load_frozen
 from core.errors import UserError
 from core.evaluation.items import captions_in, read_item
+from core.recipe_file import dump
+from core.run_facts import write_facts
 from registry import get, main
-from tests.engine.running import registry, run_here, short
+from tests.engine.running import registry, short
 
 NAME = "lvdm-text2video-tiny"
-STILL = "--data.num-frames 1"
 WORDS = ("--steps", "2", "--device", "cpu", "--num", "2")
 
 
 @pytest.fixture(scope="module")
 def run(sky, _migrated_store, tmp_path_factory):
-    """A run of one update on pictures, with a learning rate at which guidance shows."""
+    """The export of a run on pictures, with weights at which guidance shows: its folder, MLflow run and store."""
     folder = tmp_path_factory.mktemp("evaluated")
     store = f"sqlite:///{folder}/mlflow.db"
     (folder / "mlflow.db").write_bytes(_migrated_store.read_bytes())
-    recipe = short(NAME, sky, f"{STILL} --max-steps 2 --lr 1e-1 --optim.schedule.warmup-steps 0")
-    return run_here(recipe, folder / "run", store), store
+    client = MlflowClient(tracking_uri=store)
+    made = client.create_run(client.create_experiment("pictures", artifact_location=str(folder / "artifacts")))
+    write_facts(folder, {"run_id": made.info.run_id, "store": store})
+    recipe = short(NAME, sky, "--data.num-frames 1")
+    torch.manual_seed(0)
+    system = recipe.system.build()
+    load_frozen(recipe, system)
+    for values in system.trained.parameters():
+        values.data += 0.05 * torch.randn(values.shape)  # the last layer begins at zero
+    system.export(folder / "export", {name: module.state_dict() for name, module in system.trained.items()})
+    (folder / "export" / "recipe.json").write_text(dump(recipe))
+    return folder / "export", made.info.run_id, store
 
 
 @pytest.fixture
@@ -38,7 +51,7 @@ def captions(tmp_path):
 
 def evaluate(run, *words, out):
     """The rows of the table and the folder of the set. The verb as the command line calls it, in this process."""
-    code = main(["eval", str(run[0].output_dir), *WORDS, "--output-dir", str(out), *map(str, words)])
+    code = main(["eval", str(run[0]), *WORDS, "--output-dir", str(out), *map(str, words)])
     assert code == 0
     with (out / "scores" / "scores.csv").open(newline="") as file:
         return {row["set"]: row for row in csv.DictReader(file)}
@@ -60,7 +73,7 @@ def test_each_scale_has_the_same_noise_and_its_row_beside_the_baselines_in_the_r
     for name in one:
         assert np.abs(one[name].astype(int) - near[name]).max() <= 1  # the noise is the same,
         assert np.abs(one[name].astype(int) - nine[name]).max() > 1  # and guidance has an effect
-    files = {f.path for f in MlflowClient(tracking_uri=run[1]).list_artifacts(run[0].run_id, "eval/set")}
+    files = {f.path for f in MlflowClient(tracking_uri=run[2]).list_artifacts(run[1], "eval/set")}
     assert files == {"eval/set/scores.csv", "eval/set/guidance.png"}
     with Image.open(out / "scores" / "guidance.png") as plot:
         assert np.asarray(plot.convert("L")).std() > 5
@@ -74,7 +87,7 @@ def test_what_is_there_is_not_made_again_and_another_seed_is_refused_until_resta
     removed.unlink()
     assert evaluate(run, "--captions", captions, "--guidance-scale", "3", "--no-log", out=out) == rows
     assert (kept.stat().st_mtime_ns, removed.read_bytes()) == (stamp, content)
-    words = ["eval", str(run[0].output_dir), *WORDS, "--output-dir", str(out), "--seed", "1", "--no-log"]
+    words = ["eval", str(run[0]), *WORDS, "--output-dir", str(out), "--seed", "1", "--no-log"]
     capsys.readouterr()
     assert main(words) == 2
     assert "differs in seed" in capsys.readouterr().err and kept.exists()
@@ -87,7 +100,7 @@ def test_two_processes_share_the_work_and_end_with_the_same_table(run, captions,
     rows = evaluate(run, *words, out=tmp_path / "one")
     shutil.copytree(tmp_path / "one" / "guidance-1", tmp_path / "two" / "guidance-1")
     shutil.copy(tmp_path / "one" / "made-by.json", tmp_path / "two")
-    done = registry("eval", str(run[0].output_dir), *WORDS, *words, "--nproc", "2", "--output-dir", "two", cwd=tmp_path)
+    done = registry("eval", str(run[0]), *WORDS, *words, "--nproc", "2", "--output-dir", "two", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "2 of 4 are there already" in done.stderr
     with (tmp_path / "two" / "scores" / "scores.csv").open(newline="") as file:
@@ -121,7 +134,7 @@ def test_the_captions_of_the_held_out_data_are_taken_where_none_are_given(run, t
 )
 def test_what_cannot_be_is_refused_in_one_line(run, words, why, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code = main(["eval", str(run[0].output_dir), "--device", "cpu", "--output-dir", str(tmp_path / "o"), *words])
+    code = main(["eval", str(run[0]), "--device", "cpu", "--output-dir", str(tmp_path / "o"), *words])
     said = capsys.readouterr().err
     assert code == 2 and why in said and "Traceback" not in said
 
@@ -143,5 +156,5 @@ def test_a_damaged_item_is_named(run, captions, tmp_path, capsys):
     item = sorted((out / "guidance-1").glob("*.png"))[0]
     item.write_bytes(item.read_bytes()[:60])
     words = ["--captions", str(captions), "--guidance-scale", "1", "--no-log"]
-    assert main(["eval", str(run[0].output_dir), *WORDS, "--output-dir", str(out), *words]) == 2
+    assert main(["eval", str(run[0]), *WORDS, "--output-dir", str(out), *words]) == 2
     assert f"{item.name}: damaged" in capsys.readouterr().err
