@@ -241,13 +241,28 @@ def _resume(words: list[str]) -> int:
 
 
 def _sample(words: list[str]) -> int:
+    from core.verbs.flags import SampleFlags
+
+    return _generate(words, "sample", SampleFlags())
+
+
+def _eval(words: list[str]) -> int:
+    from core.verbs.flags import EvalFlags
+
+    return _generate(words, "eval", EvalFlags())
+
+
+def _generate(words: list[str], verb: str, flags: Any) -> int:
+    """A verb that makes clips from a source, on one process or several, and prints the folder that they are in."""
+    from importlib import import_module
+
     from core.cli import parse
     from core.errors import UserError
-    from core.verbs.flags import SampleFlags, value_of
+    from core.verbs.flags import value_of
 
     if _wants_help(words):
-        return _help(words, "sample", SampleFlags())
-    (where,) = _first(words, "sample")
+        return _help(words, verb, flags)
+    (where,) = _first(words, verb)
     named = {flag: value_of(flag, words[1:]) for flag in ("recipe", "weights", "store")}
     known = names()
     from core.sources import find_source
@@ -255,17 +270,16 @@ def _sample(words: list[str]) -> int:
     try:
         source = find_source(where, get, known, **named)
     except UserError:
-        parse(words[1:], SampleFlags())  # a mistyped flag is the nearer mistake
+        parse(words[1:], flags)  # a mistyped flag is the nearer mistake
         raise
-    (flags,) = parse(words[1:], SampleFlags(sampler=source.recipe.validation.sampler))
+    (flags,) = parse(words[1:], flags.but(sampler=source.recipe.validation.sampler))
     from core.verbs.run import torchrun
-    from core.verbs.sample import asked
-    from core.verbs.sample import run as make
 
-    asked(source, flags)  # said once, not by each process
+    verbs = import_module(f"core.verbs.{verb}")
+    verbs.asked(source, flags)  # said once, not by each process
     if flags.nproc > 1 and "WORLD_SIZE" not in os.environ:
-        return torchrun(flags.nproc, ["sample", *words])
-    out = make(source, flags)
+        return torchrun(flags.nproc, [verb, *words])
+    out = verbs.run(source, flags)
     if int(os.environ.get("RANK", "0")) == 0:
         print(out)
     return 0
@@ -363,6 +377,7 @@ DO: dict[str, Callable[[list[str]], int]] = {
     "run": _run,
     "resume": _resume,
     "sample": _sample,
+    "eval": _eval,
     "measure-latents": _measure,
     "weights": _weights,
     "sync": _sync,

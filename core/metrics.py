@@ -14,6 +14,8 @@ from core.errors import UserError
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 LAG = 4
+ROWS = 1024
+"""Rows of a kernel matrix that are in memory at a time."""
 LEAST_DEVIATION = 1e-3  # of a feature over real clips, an eighth of a grey level
 
 
@@ -33,19 +35,27 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     for covariances without full rank.
     """
     _at_least_two(a, b)
-    gap = np.square(a.mean(0) - b.mean(0)).sum()
-    s1, s2 = (np.atleast_2d(np.cov(x, rowvar=False)) for x in (a.astype(np.float64), b.astype(np.float64)))
+    return frechet_of_moments(*moments(a), *moments(b))
+
+
+def moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean (D,) and unbiased covariance (D, D) of (N, D) features, float64."""
+    x = features.astype(np.float64)
+    return x.mean(0), np.atleast_2d(np.cov(x, rowvar=False))
+
+
+def frechet_of_moments(m1: np.ndarray, s1: np.ndarray, m2: np.ndarray, s2: np.ndarray) -> float:
+    """The same from means and covariances."""
     overlap = np.linalg.svd(_root(s1) @ _root(s2), compute_uv=False).sum()
-    return float(gap + np.trace(s1) + np.trace(s2) - 2 * overlap)
+    return float(np.square(m1 - m2).sum() + np.trace(s1) + np.trace(s2) - 2 * overlap)
 
 
 def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Unbiased squared MMD with the kernel (x·y / D + 1)³: KVD. It can be below zero."""
+    """Unbiased squared MMD with the kernel (x·y / D + 1)³: KVD, and KID over all pairs. It can be below zero."""
     _at_least_two(a, b)
     n, m = len(a), len(b)
-    kaa, kbb, kab = _kernel(a, a), _kernel(b, b), _kernel(a, b)
-    within = (kaa.sum() - np.trace(kaa)) / (n * (n - 1)) + (kbb.sum() - np.trace(kbb)) / (m * (m - 1))
-    return float(within - 2 * kab.mean())
+    own = [(_kernel_sum(x, x) - _kernel_of_itself(x)) / (len(x) * (len(x) - 1)) for x in (a, b)]
+    return float(sum(own) - 2 * _kernel_sum(a, b) / (n * m))
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:
@@ -54,8 +64,14 @@ def _root(covariance: np.ndarray) -> np.ndarray:
     return (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
 
 
-def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return (x.astype(np.float64) @ y.astype(np.float64).T / x.shape[1] + 1) ** 3
+def _kernel_sum(x: np.ndarray, y: np.ndarray) -> float:
+    """Over all pairs, some rows at a time: 30,000 by 30,000 would take 7 GB."""
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    return float(sum(((x[i : i + ROWS] @ y.T / x.shape[1] + 1) ** 3).sum() for i in range(0, len(x), ROWS)))
+
+
+def _kernel_of_itself(x: np.ndarray) -> float:
+    return float(((np.square(x.astype(np.float64)).sum(1) / x.shape[1] + 1) ** 3).sum())
 
 
 def _at_least_two(a: np.ndarray, b: np.ndarray) -> None:

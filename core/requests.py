@@ -60,16 +60,16 @@ def slug(prompt: str) -> str:
     return cut.strip("-") or "clip"
 
 
-def prompts_in(file: Path) -> list[str]:
+def prompts_in(file: Path, flag: str = "--prompts") -> list[str]:
     """The prompts of a text file, one a line; empty lines are none. Raises UserError for what is no such file."""
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         why = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror
-        raise UserError(f"--prompts {file}: cannot be read as text ({why})") from None
+        raise UserError(f"{flag} {file}: cannot be read as text ({why})") from None
     found = [line.strip() for line in lines if line.strip()]
     if not found:
-        raise UserError(f"--prompts {file}: there is no prompt in it; expected one a line")
+        raise UserError(f"{flag} {file}: there is no prompt in it; expected one a line")
     return found
 
 

@@ -152,6 +152,7 @@ def _parse(verb: str, what: str = "", *flags: str) -> None:
     from core.slots import Launch
     from core.verbs.flags import (
         DoctorFlags,
+        EvalFlags,
         ExportFlags,
         ImportFlags,
         MeasureFlags,
@@ -171,6 +172,8 @@ def _parse(verb: str, what: str = "", *flags: str) -> None:
             parse(flags, get("lvdm-short-sky-tiny"), Launch())
         case "sample":
             parse(flags, SampleFlags())
+        case "eval":
+            parse(flags, EvalFlags())
         case "measure-latents":
             parse(flags, get(what), MeasureFlags())
         case "weights":
@@ -209,12 +212,13 @@ def _known_names() -> set[str]:
     from core.cli import ALIASES
     from core.slots import DPMSolverMultistep, Launch
     from core.swap import spots
-    from core.verbs.flags import DoctorFlags, ExportFlags, ImportFlags, MeasureFlags, SampleFlags, UiFlags
+    from core.verbs.flags import DoctorFlags, EvalFlags, ExportFlags, ImportFlags, MeasureFlags, SampleFlags, UiFlags
     from registry import get, names
 
     parts = [
         Launch(),
         SampleFlags(sampler=DPMSolverMultistep()),
+        EvalFlags(),
         MeasureFlags(),
         UiFlags(),
         DoctorFlags(),

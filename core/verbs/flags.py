@@ -93,6 +93,71 @@ class SampleFlags(VerbFlags):
             self.refuse("guidance_scale", "must not be negative")
 
 
+class EvalFlags(VerbFlags):
+    """Flags of `eval`."""
+
+    captions: Path | None = None
+    """A text file with a caption a line, or a .csv or .tsv with a column of them. None: those of the held-out data."""
+    guidance_scale: tuple[float, ...] = ()
+    """One or several scales, each with the same noise a caption. None given: that of the recipe's validation."""
+    num: int | None = None
+    """Captions that are taken, the first ones. None: all of the file, or 256 of the held-out data."""
+    inception: Path | None = None
+    """Local Inception-v3 weights (torchvision's or pytorch-fid's): FID and KID of pictures."""
+    i3d: Path | None = None
+    """Local I3D weights, a state dict: FVD and KVD of clips."""
+    clip: Path | None = None
+    """Local CLIP folder of transformers: the CLIP score."""
+    statistics: Path | None = None
+    """An npz with mu and sigma of the real set's features, instead of the held-out data."""
+    write_statistics: Path | None = None
+    """Write mu and sigma of the held-out data's features to this npz."""
+    seed: int = 0
+    """Seed of the noise."""
+    steps: int | None = None
+    """Denoising steps. None: as many as the recipe's validation uses."""
+    sampler: Sampler = DDIM()
+    """How noise becomes samples. Default: the recipe's validation's."""
+    raw: bool = False
+    """Use the weights as they are, not their moving average (EMA)."""
+    recipe: str | None = None
+    """The recipe of an exported folder that has none written in it."""
+    weights: str | None = None
+    """With a recipe's name: the trained networks, as a folder, a checkpoint file, a hub id or run:<id>."""
+    batch_size: int | None = None
+    """Items made or measured at a time. None: as in the recipe's validation."""
+    output_dir: Path | None = None
+    """Where the set and its scores go; a set that is there already is gone on with. Default: samples/ of the run."""
+    restart: bool = False
+    """Remove the set that is there and begin anew."""
+    log: bool = True
+    """Log table and plot to the MLflow run that the weights are from."""
+    nproc: int = 1
+    """Processes on this machine (torchrun), which share the work."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA where there is one."""
+    store: str | None = None
+    """MLflow tracking URI. Default: that of the run, $MLFLOW_TRACKING_URI, else sqlite:///runs/mlflow.db."""
+
+    def check(self) -> None:
+        for name in ("num", "steps", "batch_size", "nproc"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                self.refuse(name, "must be at least 1")
+        if self.num is not None and self.num < 2:
+            self.refuse("num", "a distance needs at least 2 items")
+        if self.seed < 0:
+            self.refuse("seed", "must not be negative")
+        if any(not 0 <= scale < float("inf") for scale in self.guidance_scale):
+            self.refuse("guidance_scale", "must not be negative")
+        if len(set(self.guidance_scale)) < len(self.guidance_scale):
+            self.refuse("guidance_scale", "names a scale twice")
+        if self.inception and self.i3d:
+            self.refuse("i3d", "give --inception (pictures) or --i3d (clips), not both")
+        if self.statistics and not (self.inception or self.i3d):
+            self.refuse("statistics", "they are of a network's features: give --inception or --i3d")
+
+
 class MeasureFlags(VerbFlags):
     """Flags of `measure-latents`, beside the recipe's."""
 

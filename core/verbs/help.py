@@ -66,6 +66,15 @@ VERBS = {
         "command with the same --output-dir goes on after a kill. Prints the folder.",
         "python -m registry sample runs/first --num 8 --seed 1 --sampler=DPMSolverMultistep --steps 20",
     ),
+    "eval": Verb(
+        "WHAT [--captions FILE] [--guidance-scale S …] [--inception FILE | --i3d FILE] [--clip DIR] [flags]",
+        "what to evaluate: a run, a checkpoint folder, an exported folder, or a recipe with --weights",
+        "Generate for captions at several guidance scales and score: distance to held-out data, CLIP score, the\n"
+        "recipe's own metric, beside a second real sample and a mean picture. Table (csv) and plot go to the run.\n"
+        "A caption has the same noise at every scale. An evaluation that was stopped goes on where it was. Without\n"
+        "--inception or --i3d distances are over hand-made features, to be compared within this project only.",
+        "python -m registry eval runs/first --captions captions.txt --guidance-scale 1 3 5 7",
+    ),
     "measure-latents": Verb(
         "NAME [overrides] [--clips N] [--weights W] [--write]",
         "the name of a recipe",

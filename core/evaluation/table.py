@@ -1,0 +1,81 @@
+"""The scores as a table (csv) and as the plot of distance against CLIP score over guidance."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from core.evaluation.judges import Features, Measured
+from core.metrics import frechet_of_moments, kernel_distance, moments, standard_distance
+
+Row = dict[str, Any]
+TABLE, PLOT = "scores.csv", "guidance.png"
+
+
+def distances(found: Measured, real: Measured | None, given: Any, by: Features) -> dict[str, float]:
+    """Fréchet and kernel distance to the real set, or the first alone to the statistics `given`, (mu, sigma)."""
+    if given is not None:
+        return {by.distance: frechet_of_moments(*moments(found.features), *given)}
+    if real is None:
+        return {}
+    a, b = found.features, real.features
+    if by.standardised:
+        return {by.distance: standard_distance(a, b), by.kernel: kernel_distance(a, b)}
+    return {by.distance: frechet_of_moments(*moments(a), *moments(b)), by.kernel: kernel_distance(a, b)}
+
+
+def clip_mean(found: Measured) -> dict[str, float]:
+    """The mean CLIP score, where there is one."""
+    return {"clip": float(found.clip.mean())} if len(found.clip) else {}
+
+
+def write_table(file: Path, rows: Sequence[Row]) -> None:
+    """A line a set. What a set has no value of is empty."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    partial = file.with_name(f".partial-{file.name}")
+    with partial.open("w", newline="", encoding="utf-8") as stream:
+        table = csv.DictWriter(stream, names)
+        table.writeheader()
+        table.writerows(rows)
+    partial.replace(file)
+
+
+def shown(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """The table as text, with its head."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return [tuple(names), *(tuple(_text(row.get(name)) for name in names) for row in rows)]
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def write_plot(file: Path, rows: Sequence[Row], distance: str) -> bool:
+    """Distance against CLIP score, a point a guidance scale; against guidance itself where there is no CLIP. Baselines
+    are lines. Returns whether there was anything to plot.
+    """
+    guided = [row for row in rows if row["guidance"] is not None and distance in row]
+    if not guided:
+        return False
+    across = "clip" if all("clip" in row for row in guided) else "guidance"
+    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    x, y = (np.array([row[name] for row in guided], float) for name in (across, distance))
+    axes.plot(x, y, "o-")
+    for row, at in zip(guided, zip(x, y, strict=True), strict=True):
+        axes.annotate(f"{row['guidance']:g}", at, textcoords="offset points", xytext=(5, 5))
+    for row in rows:
+        if row["guidance"] is None and distance in row:
+            axes.axhline(row[distance], linestyle=":", color="grey")
+            axes.annotate(row["set"], (0.01, row[distance]), xycoords=("axes fraction", "data"), fontsize=8)
+    axes.set_xlabel("CLIP score" if across == "clip" else "guidance scale")
+    axes.set_ylabel(distance.upper())
+    figure.savefig(file, dpi=120)
+    return True
