@@ -33,7 +33,7 @@ class PartRecords(Samples):
     def __init__(self, slot: Base64Parts):
         self.slot = slot
         self.records = Records(slot)
-        super().__init__(Names(self.records), fingerprint=self.records.fingerprint, dropped=dict(self.records.dropped))
+        super().__init__(Names(self.records), fingerprint=self.records.fingerprint, dropped=self.records.dropped)
 
     def order(self, seed: int, epoch: int) -> Any:
         """Computed where it is read: of hundreds of millions of records, no list is kept."""

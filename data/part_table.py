@@ -67,10 +67,11 @@ class Records:
 
     def __init__(self, slot: Base64Parts):
         found = find(slot)
-        self.root, self.told, self.dropped = found.root, found.told, found.dropped
+        self.root, self.told = found.root, found.told
         self.formats = [entry.format for entry in found.entries]
         self.weights = [entry.weight for entry in found.entries]
         self.used = _used(found, slot.max_bad_share)
+        self.dropped = dict(found.dropped)
         self.side = _side(slot, found, self.used)
         self.reader = Reader([used.part for used in self.used], [used.indexed for used in self.used])
         self.table = _table(self.used, self.side)
@@ -253,8 +254,8 @@ def _side(slot: Base64Parts, found: Found, used: list[Used]) -> Side:
 
 def _explain_share(slot: Base64Parts) -> str:
     return (
-        f"split {slot.split!r} has no records: nothing on disk is split, and held_out_share={slot.held_out_share} holds "
-        "out none, or all. Choose another share, or split=all."
+        f"split {slot.split!r} has no records: nothing on disk is split, and held_out_share={slot.held_out_share} "
+        "holds out none, or all. Choose another share, or split=all."
     )
 
 

@@ -31,7 +31,7 @@ SPACING = 2 << 20  # bytes between two states of the decompressor, of 32 KB each
 BLOCK = 1 << 20  # bytes that are read at a time
 MOST_RECORDS = 1 << 24  # of a part: what an index may take is bounded
 LINE_LIMIT = 1 << 26  # bytes of a record
-RATIO = 200  # what gzip makes of base64 is 1.3; a part that unpacks to more than this is a bomb
+RATIO, BOMB = 200, 1 << 28  # gzip makes base64 1.3 times smaller; what unpacks to more than both is a bomb
 ENDING = 1 << 12  # bytes of a part's beginning and end that are its mark; the end of a gzip file holds its checksum
 ALONE = 1 << 28  # bytes that one process indexes by itself
 GZIP = b"\x1f\x8b"
@@ -195,7 +195,7 @@ def _unzipped(scan: Scan, states: Path) -> Iterator[bytes]:
     """
     from indexed_gzip import IndexedGzipFile
 
-    most = max(1 << 28, RATIO * scan.path.stat().st_size)
+    most = max(BOMB, RATIO * scan.path.stat().st_size)
     with IndexedGzipFile(str(scan.path), spacing=SPACING, readbuf_size=1 << 18, buffer_size=BLOCK) as file:
         try:
             while block := file.read(BLOCK):
@@ -309,7 +309,10 @@ def _members(path: Path, scan: Scan) -> Iterator[tarfile.TarInfo]:
     """The ordinary files of a tar. Raises Unusable where it is none."""
     try:
         with tarfile.open(path, "r:") as tar:
+            end = path.stat().st_size
             while member := tar.next():
+                if member.offset_data + member.size > end:
+                    raise tarfile.ReadError("unexpected end of data")
                 tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
                 if member.isreg() and not member.issparse():
                     scan.take(f"{member.name}\0{member.size}\n".encode("utf-8", "surrogateescape"))
