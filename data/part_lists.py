@@ -271,7 +271,11 @@ class _Finder:
         inner = Path(pattern)
         if inner.is_absolute() or ".." in inner.parts:
             raise UserError(f"the glob {pattern} leaves the data folder {self.root}: name a root above it.")
-        paths = sorted(path for path in self.root.glob(pattern) if path.is_file() and not path.name.endswith(LISTS))
+        try:
+            found = sorted(self.root.glob(pattern))
+        except (ValueError, NotImplementedError, OSError) as error:
+            raise UserError(f"the glob {pattern} is none: {error}") from None
+        paths = [path for path in found if path.is_file() and not path.name.endswith(LISTS)]
         if not paths:
             raise UserError(f"no file in {self.root} is called {pattern}; it holds {listing(self.root)}.")
         return list(self._parts(iter(paths)))

@@ -55,6 +55,11 @@ class Latest(Generic[T]):
         self.things.move_to_end(key)
         return self.things[key]
 
+    def clear(self) -> None:
+        """Close all."""
+        while self.things:
+            self.close(self.things.popitem()[1])
+
 
 class Reader:
     """Reads from parts. It pickles as what it was made of: every process opens files for itself."""
@@ -91,6 +96,9 @@ class Reader:
         _, start, size = self.row(place.part, behind - 1)[:3]
         return self.row(place.part, first)[1], start + size
 
+    def __del__(self) -> None:
+        self._files.clear()
+
     def __getstate__(self) -> dict[str, object]:
         return {"parts": self.parts, "indices": self.indices}
 
@@ -114,14 +122,27 @@ def _opened(part: Part) -> int:
 def _chunk(part: Part, index: Index, first: int, behind: int) -> int:
     """The open spooled chunk, which is made if it is not there."""
     path = cache() / "spool" / f"{index.folder.name}-{first}"
-    while True:
+    while (file := _spooled(path, behind - first)) is None:
         try:
-            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            try:
-                _spool(path, part, index, first, behind)
-            except OSError as error:
-                raise _unwritable(error) from None
+            _spool(path, part, index, first, behind)
+        except OSError as error:
+            raise _unwritable(error) from None
+    return file
+
+
+def _spooled(path: Path, size: int) -> int | None:
+    """The open file of a chunk that is whole and was written since the machine started: it is never synced to disk."""
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    status = os.fstat(file)
+    started = time.time() - time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+    if status.st_size == size and status.st_mtime > started - 1:
+        return file
+    os.close(file)
+    path.unlink(missing_ok=True)
+    return None
 
 
 def _spool(path: Path, part: Part, index: Index, first: int, behind: int) -> None:

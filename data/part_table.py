@@ -12,7 +12,7 @@ from core.hashing import hash_of, hash_text, mix64_array
 from data.formats import Format
 from data.part_lists import Found, Part, find
 from data.part_order import Chunks, Mixture
-from data.part_reading import Place, Reader
+from data.part_reading import Latest, Place, Reader
 from data.parts import Index, indices
 from data.records import Record, of_line, of_tar
 from data.samples import BadSample
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 FEW = 3  # bad parts are no verdict on a data set, whatever their share
 TRIED = 24  # records of a list that are tried at the start: with none of them readable, its format is wrong
-HALF_RANGE = 2.0**64
+SEEN = 64  # chunks of which it is known which rows are of the split
+RANGE = 2.0**64  # of hashes
 
 
 class Used(NamedTuple):
@@ -78,6 +79,7 @@ class Records:
         if not len(self):
             raise UserError(_explain_share(slot))
         self._mixture: Mixture | None = None
+        self._of_split: Latest[np.ndarray] = Latest(SEEN)
         for number, entry in enumerate(found.entries):
             self._try(number, entry.name)
 
@@ -119,10 +121,15 @@ class Records:
     def _row(self, record: int) -> tuple[int, int, int]:
         """Part, chunk in the part, and row in the part."""
         chunk = self._chunk(record)
-        part, number = int(self.table.parts[chunk]), int(self.table.numbers[chunk])
-        first, behind = self.used[part].indexed.chunks[number : number + 2].tolist()
-        of_split = np.flatnonzero(self.side.of(self.used[part].part, first, behind))
-        return part, number, first + int(of_split[record - int(self.table.firsts[chunk])])
+        rows = self._of_split.get(chunk, lambda: self._rows(chunk))
+        row = int(rows[record - int(self.table.firsts[chunk])])
+        return int(self.table.parts[chunk]), int(self.table.numbers[chunk]), row
+
+    def _rows(self, chunk: int) -> np.ndarray:
+        """The rows of a chunk that are of the split."""
+        part, number = self.used[int(self.table.parts[chunk])], int(self.table.numbers[chunk])
+        first, behind = part.indexed.chunks[number : number + 2].tolist()
+        return first + np.flatnonzero(self.side.of(part.part, first, behind))
 
     def _read(self, part: int, chunk: int, row: int) -> Record:
         form = self.formats[self.used[part].entry]
@@ -167,7 +174,7 @@ class Records:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_mixture": None}
+        return self.__dict__ | {"_mixture": None, "_of_split": Latest(SEEN)}
 
 
 class Names(Sequence[str]):
@@ -240,7 +247,7 @@ def _side(slot: Base64Parts, found: Found, used: list[Used]) -> Side:
         if slot.split == slot.held_out_split and not found.split:
             raise UserError(_explain_share(slot))
         return Side(0, None)
-    border, lowest = int(slot.held_out_share * HALF_RANGE), None
+    border, lowest = int(slot.held_out_share * RANGE), None
     for part, index, _ in used:
         here = int(_hashes(part, 0, int(index.chunks[-1])).min())
         lowest = here if lowest is None else min(lowest, here)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -57,8 +58,11 @@ class Index(NamedTuple):
 
     @classmethod
     def open(cls, folder: Path) -> Index:
+        """Raises OSError, ValueError or KeyError where its files are not whole."""
         about = json.loads((folder / "about.json").read_text())
         chunks = np.load(folder / "chunks.npy")
+        if (folder / "rows.npy").stat().st_size != about["bytes"]:
+            raise ValueError("its rows are not whole")
         return cls(folder, chunks, about["digest"], about["fault"], about["gzip"], about["too_long"])
 
     def rows(self) -> np.ndarray:
@@ -113,11 +117,21 @@ def _index(part: Part, tar: bool, make: bool) -> Index | None:
         raise Unusable("is a compressed tar, in which nothing can be found: gunzip it")
     digest = blake2b(begins + ends, digest_size=16).hexdigest()
     folder = place("part", VERSION, {"size": part.size, "time": part.time, "ends": digest, "tar": tar})
-    if not folder.is_dir():
-        if not make:
-            return None
+    found = _whole(folder)
+    if found is None and make:
+        if folder.is_dir() and _whole(folder) is None:
+            shutil.rmtree(folder, ignore_errors=True)  # the machine stopped while it was written
         _make(folder, part, tar, zipped)
-    return Index.open(folder)
+        found = Index.open(folder)
+    return found
+
+
+def _whole(folder: Path) -> Index | None:
+    """The index in a folder; None where there is none, or one that is not whole."""
+    try:
+        return Index.open(folder)
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def _make(folder: Path, part: Part, tar: bool, zipped: bool) -> None:
@@ -149,8 +163,17 @@ def _write(folder: Path, path: Path, tar: bool, zipped: bool) -> None:
         raise Unusable(scan.fault or "has no records")
     np.save(folder / "rows.npy", rows)
     np.save(folder / "chunks.npy", _chunks(rows))
-    about = {"digest": f"{scan.crc:08x}-{scan.size}", "fault": scan.fault, "gzip": zipped, "too_long": scan.too_long}
+    about = {
+        "digest": f"{scan.crc:08x}-{scan.size}",
+        "fault": scan.fault,
+        "gzip": zipped,
+        "too_long": scan.too_long,
+        "bytes": (folder / "rows.npy").stat().st_size,
+    }
     (folder / "about.json").write_text(json.dumps(about))
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file)
 
 
 class Scan:

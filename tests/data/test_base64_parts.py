@@ -3,6 +3,7 @@
 import io
 import json
 import multiprocessing
+import os
 import pickle
 from collections import Counter
 from pathlib import Path
@@ -307,9 +308,12 @@ def test_resumed_at_any_step_the_batches_are_those_of_the_uninterrupted_run(root
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 6 worker")
-def test_no_workers_and_six_workers_give_the_same_batches(root: Path):
-    """More workers than parts: none is empty, because a worker reads positions and not parts."""
-    multiprocessing.set_forkserver_preload(["data.base64_parts"])
+def test_no_workers_and_six_workers_give_the_same_batches(root: Path, monkeypatch: pytest.MonkeyPatch):
+    """More workers than parts: none is empty, because a worker reads positions and not parts. The index is made by
+    several processes too.
+    """
+    multiprocessing.set_forkserver_preload(["core.loader", "data.base64_parts"])
+    monkeypatch.setattr(parts, "ALONE", 1)
     write_part(root / "part-00000.gz", [line(f"0.{n}") if n % 3 else line(f"0.{n}", b"broken") for n in range(1, 8)])
     dataset = slot(root).build()
     plan = Plan(dataset, 0, 6, 2)
@@ -348,6 +352,23 @@ def test_an_index_is_made_once_and_again_when_the_part_has_changed(root: Path, m
     write_part(root / "part-00002.gz", [line("new"), line("newer")])
     dataset = slot(root).build()
     assert (len(dataset), made[3:]) == (21, ["part-00002.gz"]) and dataset.fingerprint != before
+
+
+@pytest.mark.parametrize("name", ["about.json", "rows.npy", "chunks.npy"])
+def test_an_index_that_is_not_whole_is_made_again(root: Path, tmp_path: Path, name: str):
+    slot(root).build()
+    for path in (tmp_path / "cache").glob(f"part-*/{name}"):
+        path.write_bytes(path.read_bytes()[:-20])
+    assert captions(slot(root).build()) == EVERY
+
+
+def test_a_chunk_in_the_spool_that_is_not_whole_or_from_before_a_power_cut_is_made_again(root: Path, tmp_path: Path):
+    assert captions(slot(root).build()) == EVERY
+    one, other, *_ = sorted((tmp_path / "cache/spool").iterdir())
+    one.write_bytes(b"")
+    other.write_bytes(bytes(other.stat().st_size))
+    os.utime(other, (1, 1))
+    assert captions(slot(root).build()) == EVERY
 
 
 def test_the_fingerprint_does_not_depend_on_where_the_root_is(root: Path):

@@ -28,7 +28,7 @@ def records(root: Path, **changes) -> list[tuple[str, bytes]]:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def test_make_writes_the_records_that_were_asked_for_and_the_same_again(tmp_path: Path, capsys):
