@@ -75,7 +75,7 @@ def render(seed: int, words: Told, frames: int, size: int) -> np.ndarray:
     places = [start + t * velocity for t in range(frames)]
     alpha = np.stack([_moved(thickness, place, size) for place in places])[..., None]  # (T, H, W, 1)
     lit = np.stack([_moved(thickness * shade, place, size) for place in places])[..., None]
-    return np.rint(np.clip(_backdrop(rng, size) * (1 - alpha) + colour * lit, 0, 255)).astype(np.uint8)
+    return np.rint(np.clip(backdrop(rng, size) * (1 - alpha) + colour * lit, 0, 255)).astype(np.uint8)
 
 
 def _velocity(rng: np.random.Generator, words: Told) -> np.ndarray:
@@ -107,7 +107,7 @@ def _moved(field: np.ndarray, place: np.ndarray, size: int) -> np.ndarray:
     return np.clip(shift(np.fft.rfft2(field), (place[0], place[1]), 1)[:size, :size], 0, 1)
 
 
-def _backdrop(rng: np.random.Generator, size: int) -> np.ndarray:
+def backdrop(rng: np.random.Generator, size: int) -> np.ndarray:
     """(size, 1, 3): a dark, colourless gradient."""
     top, bottom = rng.uniform(26, 62, size=2)
     grey = np.linspace(top, bottom, size)[:, None, None]
