@@ -21,21 +21,21 @@ import numpy as np
 from PIL import Image
 
 from core.errors import UserError
-from core.hashing import hash_of
 from data.cache import cached
 from data.frames import IMAGES, listing
 from data.part_lists import FIRST, walk
 from data.pictures import WEB_FORMATS, decoded
 from data.records import Record, text_of
 from data.samples import BadSample
+from data.synthetic_pictures import DEFAULT, pictures
+from data.synthetic_pictures import VERSION as PICTURES_VERSION
 
 if TYPE_CHECKING:
     from data.part_table import Records
 
-VERSION = 1  # of the synthetic parts: raise it when they change
-SYNTHETIC = {"train": (6, 96), "test": (1, 96)}  # parts, and records of each
-SIZE, SEED = 64, 0  # of the synthetic pictures
-QUALITY = 95  # of the JPEGs that are written here
+VERSION = 1  # of the parts of synthetic pictures: raise it when they change
+PARTS = {"train": 6, "test": 1}  # of the synthetic set
+JPEG = {"quality": 95, "subsampling": 0}  # of pictures that are written here: small ones lose their colours otherwise
 LIST_NAME = "laion400m_en.filelist"  # as the original's
 ENDINGS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "PPM": "ppm"}
 
@@ -50,21 +50,15 @@ class Captioned(NamedTuple):
 # ---- where pictures come from ---------------------------------------------------------------------------------------
 
 
-def synthetic(split: str, size: int = SIZE, seed: int = SEED) -> Iterator[Captioned]:
-    """Pictures without end, whose captions say what can be measured in them."""
-    from data.synthetic_captions import caption, render, told
-
-    index = 0
-    while True:
-        drawn, words = hash_of("laion", seed, split, index), told(index)
-        yield Captioned(caption(drawn, words), _jpeg(render(drawn, words, 1, size)[0]))
-        index += 1
+def synthetic(split: str, count: int, size: int = DEFAULT["size"], seed: int = DEFAULT["seed"]) -> Iterator[Captioned]:
+    """Pictures whose captions say what can be measured in them."""
+    return (Captioned(caption, _jpeg(pixels)) for caption, pixels in pictures(split, count, size, seed))
 
 
 def _jpeg(pixels: np.ndarray) -> bytes:
     """(H, W, 3) uint8 as a file."""
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "JPEG", quality=QUALITY)
+    Image.fromarray(pixels).save(file, "JPEG", **JPEG)
     return file.getvalue()
 
 
@@ -139,7 +133,7 @@ def make(
     """
     paths = pictures_of(pictures)[:records] if pictures else []
     _fresh(out)
-    source = of_files(paths, pictures) if pictures else synthetic("train", size, seed)
+    source = of_files(paths, pictures) if pictures else synthetic("train", records, size, seed)
     total = len(paths) if pictures else records
     for number, share in enumerate(_shares(total, min(parts, total))):
         name = f"part-{number:05}" + ("" if plain else ".gz")
@@ -164,13 +158,14 @@ def pictures_root() -> Path:
     """The synthetic parts' folder in the cache, written on first use: train/part-00000.gz, …, and test."""
 
     def write(folder: Path) -> None:
-        for split, (parts, records) in SYNTHETIC.items():
+        for split, parts in PARTS.items():
             (folder / split).mkdir()
-            source = synthetic(split)
-            for number in range(parts):
-                write_part(folder / split / f"part-{number:05}.gz", islice(source, records))
+            total = DEFAULT[f"{split}_pictures"]
+            source = synthetic(split, total)
+            for number, share in enumerate(_shares(total, parts)):
+                write_part(folder / split / f"part-{number:05}.gz", islice(source, share))
 
-    return cached("laion", VERSION, {**SYNTHETIC, "size": SIZE, "seed": SEED}, write)
+    return cached("laion", VERSION, {**DEFAULT, **PARTS, "pictures": PICTURES_VERSION}, write)
 
 
 # ---- lists ----------------------------------------------------------------------------------------------------------

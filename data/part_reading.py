@@ -41,9 +41,9 @@ class Place(NamedTuple):
 
 
 class Latest(Generic[T]):
-    """The last few things that were opened, by key; what falls out is closed."""
+    """The last few things that were opened, by key; what falls out is closed. It pickles empty."""
 
-    def __init__(self, most: int, close: Callable[[T], object] = lambda thing: None):
+    def __init__(self, most: int, close: Callable[[T], object] | None = None):
         self.most, self.close = most, close
         self.things: OrderedDict[object, T] = OrderedDict()
 
@@ -51,14 +51,22 @@ class Latest(Generic[T]):
         if key not in self.things:
             self.things[key] = make()
             if len(self.things) > self.most:
-                self.close(self.things.popitem(last=False)[1])
+                self._drop(last=False)
         self.things.move_to_end(key)
         return self.things[key]
 
     def clear(self) -> None:
         """Close all."""
         while self.things:
-            self.close(self.things.popitem()[1])
+            self._drop(last=True)
+
+    def _drop(self, last: bool) -> None:
+        _, thing = self.things.popitem(last=last)
+        if self.close:
+            self.close(thing)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Latest, (self.most, self.close)
 
 
 class Reader:
@@ -98,12 +106,6 @@ class Reader:
 
     def __del__(self) -> None:
         self._files.clear()
-
-    def __getstate__(self) -> dict[str, object]:
-        return {"parts": self.parts, "indices": self.indices}
-
-    def __setstate__(self, state: dict[str, list]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
 
 
 def _opened(part: Part) -> int:

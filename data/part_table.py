@@ -174,7 +174,7 @@ class Records:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_mixture": None, "_of_split": Latest(SEEN)}
+        return self.__dict__ | {"_mixture": None}
 
 
 class Names(Sequence[str]):

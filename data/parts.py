@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import sys
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -75,18 +76,25 @@ def indices(parts: list[tuple[Part, bool]]) -> list[Index | str]:
     several processes where it is much; ranks share the work, because each begins elsewhere and takes what nobody has
     made.
     """
-    found = dict(enumerate(map(_ready, parts)))
-    todo = [number for number, index in found.items() if index is None]
+    ready = [_ready(part) for part in parts]
+    found = {number: index for number, index in enumerate(ready) if index is not None}
+    todo = _turned([number for number in range(len(parts)) if number not in found])
     size = sum(parts[number][0].size for number in todo)
     workers = min(len(todo), os.cpu_count() or 1, 1 + size // ALONE)
-    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    turn = len(todo) * rank // max(ranks, 1)
-    todo = todo[turn:] + todo[:turn]
     if workers < 2:
-        return [found[n] or _outcome(parts[n]) for n in range(len(parts))]
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("forkserver")) as pool:
-        found.update(zip(todo, pool.map(_outcome, [parts[n] for n in todo]), strict=True))
-    return [found[n] or "" for n in range(len(parts))]
+        found |= {number: _outcome(parts[number]) for number in todo}
+    else:
+        print(f"a first pass over {len(todo)} parts, {size / 1e9:.1f} GB, which is kept", file=sys.stderr)
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("forkserver")) as pool:
+            found |= zip(todo, pool.map(_outcome, [parts[number] for number in todo]), strict=True)
+    return [found[number] for number in range(len(parts))]
+
+
+def _turned(numbers: list[int]) -> list[int]:
+    """From this rank's share on, then the others'."""
+    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    turn = len(numbers) * rank // max(ranks, 1)
+    return numbers[turn:] + numbers[:turn]
 
 
 def _ready(part: tuple[Part, bool]) -> Index | str | None:
@@ -110,7 +118,7 @@ def _index(part: Part, tar: bool, make: bool) -> Index | None:
         begins, ends = _ends(part)
     except OSError as error:
         raise Unusable(error.strerror or str(error)) from None
-    if part.path.suffix == ".gz" and not begins.startswith(GZIP):
+    if part.name.endswith(".gz") and not begins.startswith(GZIP):
         raise Unusable("is no gzip file, whatever its name says")
     zipped = begins.startswith(GZIP)
     if tar and zipped:

@@ -409,7 +409,7 @@ def test_the_order_of_hundreds_of_millions_of_records_is_not_kept_in_memory():
 def test_the_synthetic_pictures_are_the_default(monkeypatch: pytest.MonkeyPatch):
     from data import laion
 
-    monkeypatch.setattr(laion, "SYNTHETIC", {"train": (2, 3), "test": (1, 2)})
+    monkeypatch.setattr(laion, "DEFAULT", {"train_pictures": 6, "test_pictures": 2})
     whole = Base64Parts(resolution=32)
     train, held_out = whole.build(), whole.held_out().build()
     assert (len(train), len(held_out)) == (6, 2)

@@ -103,8 +103,7 @@ def test_convert_takes_a_list_and_a_glob(tmp_path: Path):
 
 
 def _two(seed: int):
-    stream = synthetic("train", 16, seed)
-    return [next(stream), next(stream)]
+    return list(synthetic("train", 2, 16, seed))
 
 
 @pytest.mark.parametrize(
@@ -141,7 +140,7 @@ def test_what_is_there_is_not_written_over(tmp_path: Path, capsys):
 
 def test_a_part_that_fails_while_it_is_written_leaves_nothing(tmp_path: Path):
     def failing():
-        yield next(synthetic("train", 16))
+        yield from synthetic("train", 1, 16)
         raise UserError("no more")
 
     with pytest.raises(UserError):
