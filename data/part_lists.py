@@ -141,7 +141,7 @@ def _from_list(finder: _Finder, path: Path, slot: Base64Parts) -> list[Entry]:
         raise UserError(f"the list {path} is empty; expected a path, and a weight if wanted, on each line.")
     _check_weights(path, lines)
     if not any(_is_many(line) for line in lines.values()):
-        parts = finder.listed(path, [(number, line.path) for number, line in lines.items()])
+        parts = [part for number, line in lines.items() for part in _parts_of(finder, path, number, line)]
         return [finder.entry(slot, path.name, parts)]
     found = [finder.entry(slot, line.path, _parts_of(finder, path, n, line), line) for n, line in lines.items()]
     for entry in found:
