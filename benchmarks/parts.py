@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from benchmarks.measure import Row, alternate
@@ -34,6 +35,7 @@ ROUNDS = 3
 
 def rows() -> list[Row]:
     """One process, then two workers against two bare processes; plain parts, then gzip."""
+    torch.set_num_threads(1)  # as in a loader's worker, and as Pillow
     with tempfile.TemporaryDirectory() as folder:
         os.environ["REGISTRY_CACHE"] = f"{folder}/cache"
         found = []
