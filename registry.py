@@ -333,6 +333,17 @@ def _weights(words: list[str]) -> int:
     )
 
 
+def _data(words: list[str]) -> int:
+    from core.verbs import data as verb
+
+    if _wants_help(words):
+        return _help(words, "data", *(kind() for what, kind in verb.FLAGS.items() if what == words[0]))
+    _first(words, "data", 2)
+    from data import laion
+
+    return verb.data(words, verb.Work(laion.make, laion.write_lists, laion.convert))
+
+
 def _ui(words: list[str]) -> int:
     from core.cli import parse
     from core.verbs.flags import UiFlags
@@ -380,6 +391,7 @@ DO: dict[str, Callable[[list[str]], int]] = {
     "eval": _eval,
     "measure-latents": _measure,
     "weights": _weights,
+    "data": _data,
     "sync": _sync,
     "doctor": _doctor,
     "ui": _ui,

@@ -17,14 +17,20 @@ def cached(name: str, version: int, parameters: Mapping[str, object], write: Cal
     It lies in `$REGISTRY_CACHE`, else in `video-experiment-registry` of `$XDG_CACHE_HOME` or `~/.cache`. The folder's
     name holds a hash of version and parameters, so another version never reads this one's files.
     """
-    words = [str(part) for item in sorted(parameters.items()) for part in item]
-    folder = _cache() / f"{name}-{hash_of(name, version, *words):016x}"
+    folder = place(name, version, parameters)
     if not folder.is_dir():
         write_once(folder, write)
     return folder
 
 
-def _cache() -> Path:
+def place(name: str, version: int, parameters: Mapping[str, object]) -> Path:
+    """Where `cached` puts a data set."""
+    words = [str(part) for item in sorted(parameters.items()) for part in item]
+    return cache() / f"{name}-{hash_of(name, version, *words):016x}"
+
+
+def cache() -> Path:
+    """The folder of everything that is made on first use."""
     if named := os.environ.get("REGISTRY_CACHE"):
         return Path(named).expanduser()
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch.nn import functional
 
 from core.errors import UserError, did_you_mean
+from data.pictures import FORMATS, FRAME_PIXELS, decoded
 from data.samples import BadSample, Sample, Samples
 
 if TYPE_CHECKING:
@@ -33,10 +34,6 @@ EXPECTED = {
     "sky": "<root>/<split>/<video>/<clip>/*.jpg",
     "ucf101": "<root>/<split>/v_<Class>_gXX_cYY/*.jpg and <root>/" + UCF_CLASSES,
 }
-FORMATS = ("JPEG", "PNG", "PPM", "BMP")
-"""Those that Pillow may take a file for, whatever it is called: for some others it starts programs."""
-FRAME_PIXELS = 7680 * 4320
-"""Pixels of a frame at most: 8K, 100 MB decoded."""
 CLIP_PIXELS = 2**28
 """Pixels of all frames of a sample at most: 16 of 4096 x 4096, or 129 of 1920 x 1080; 805 MB decoded."""
 LIST_LIMIT = 2**16
@@ -138,7 +135,7 @@ class FrameClips(Samples):
         try:
             with Image.open(self.root / path, formats=FORMATS) as image:
                 width, height = image.size
-        except Exception:  # noqa: BLE001  as in _pixels, which will say so
+        except Exception:  # noqa: BLE001  as in decoded, which will say so
             return
         if min(width, height) < size:
             raise UserError(
@@ -286,28 +283,12 @@ def _decode(root: Path, paths: list[str]) -> torch.Tensor:
     is ten times as fast as one of floats.
     """
     most = min(FRAME_PIXELS, CLIP_PIXELS // len(paths))
-    frames = [_pixels(root, path, most) for path in paths]
+    frames = [np.asarray(decoded(root / path, path, most=most)) for path in paths]
     for path, frame in zip(paths, frames, strict=True):
         if frame.shape != frames[0].shape:
             (height, width), (h, w) = frames[0].shape[:2], frame.shape[:2]
             raise BadSample(path, f"is {w}x{h} where the clip's first frame is {width}x{height}")
     return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
-
-
-def _pixels(root: Path, path: str, most: int) -> np.ndarray:
-    """(H, W, 3) uint8. A truncated image is a bad sample, not a grey half; so is one of more than `most` pixels, which
-    its first bytes say: a file of a few kilobytes may hold gigabytes.
-    """
-    try:
-        with Image.open(root / path, formats=FORMATS) as image:
-            width, height = image.size
-            if width * height <= most:
-                return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
-    except UnidentifiedImageError:
-        raise BadSample(path, "not an image") from None
-    except Exception as error:  # noqa: BLE001  Pillow's readers fail in as many ways as bytes can be wrong
-        raise BadSample(path, getattr(error, "strerror", None) or str(error) or type(error).__name__) from None
-    raise BadSample(path, f"is {width}x{height}: more than {most:,} pixels a frame are not read")
 
 
 def _spatial(frames: torch.Tensor, how: str, size: int, rng: np.random.Generator) -> torch.Tensor:

@@ -125,3 +125,60 @@ class CaptionedVideos(Data):
 
     def needs(self) -> Path | None:
         return self.root
+
+
+class Base64Parts(Data):
+    """Pictures with captions in parts of text lines (LAION-400M's: caption and base64), or in tar shards."""
+
+    root: Path | None = None
+    """Folder that all parts are below; a list of lists, a glob of parts, or one part. None: small synthetic pictures
+    with captions, made on first use."""
+    file_list: Path | None = None
+    """List of file lists, each with a weight and a format if wanted; {split} in its name stands for the split. None:
+    <split>.filelist.list in the root, else the only *.filelist.list there, else all parts below the root."""
+    format: str = "laion400m"
+    """Of lists that state none: laion400m, laion_aes, webdataset (tar), or columns from 0: caption=0,image=2."""
+    split: str = "train"
+    """The part that is read; all: everything."""
+    held_out_split: str = "test"
+    """The split of validation, unless it has data of its own."""
+    held_out_share: float = 0.01
+    """Where nothing on disk is split: the share of the records that is held out, by a hash of part and line."""
+    resolution: int = 256
+    """Height and width of a picture; smaller pictures are bad samples."""
+    crop_share: float = 0.9
+    """The shorter side is resized to int(resolution / crop_share), then a place is drawn for the crop."""
+    max_bad_share: float = 0.05
+    """The run stops when more than this share of the samples, or of the parts, cannot be read."""
+
+    def check(self) -> None:
+        from data.formats import parse_format
+
+        if self.resolution < 1:
+            self.refuse("resolution", "must be at least 1")
+        if not 0.1 <= self.crop_share <= 1.0:
+            self.refuse("crop_share", "must be in [0.1, 1]")
+        for name in ("max_bad_share", "held_out_share"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                self.refuse(name, "must be in [0, 1]")
+        try:
+            parse_format(self.format)
+        except ValueError as error:
+            self.refuse("format", str(error))
+
+    def build(self) -> Any:
+        from data.base64_parts import PartRecords
+
+        return PartRecords(self)
+
+    def held_out(self) -> Self:
+        return self.but(split=self.held_out_split)
+
+    def clip_shape(self) -> tuple[int, int, int]:
+        return 1, self.resolution, self.resolution
+
+    def needs(self) -> Path | None:
+        """The root; of a glob, the folder above its first wildcard."""
+        from data.formats import split_glob
+
+        return None if self.root is None else split_glob(self.root)[0]

@@ -150,6 +150,7 @@ def _parse(verb: str, what: str = "", *flags: str) -> None:
     from core.build import check_batch
     from core.cli import parse
     from core.slots import Launch
+    from core.verbs.data import read as read_data
     from core.verbs.flags import (
         DoctorFlags,
         EvalFlags,
@@ -181,6 +182,8 @@ def _parse(verb: str, what: str = "", *flags: str) -> None:
             words = [{"--as": "--component", "--for": "--recipe"}.get(word, word) for word in flags[1:]]
             (given,) = parse([word for word in words if (what, word) != ("info", "--json")], kinds[what]())
             assert not getattr(given, "recipe", None) or get(given.recipe)
+        case "data":
+            read_data([what, *flags])
         case "diff":
             parse(flags[1:], StoreFlags())
         case "sync":
@@ -212,6 +215,7 @@ def _known_names() -> set[str]:
     from core.cli import ALIASES
     from core.slots import DPMSolverMultistep, Launch
     from core.swap import spots
+    from core.verbs.data import FLAGS
     from core.verbs.flags import DoctorFlags, EvalFlags, ExportFlags, ImportFlags, MeasureFlags, SampleFlags, UiFlags
     from registry import get, names
 
@@ -224,8 +228,10 @@ def _known_names() -> set[str]:
         DoctorFlags(),
         ImportFlags(),
         ExportFlags(),
+        *(kind() for kind in FLAGS.values()),
     ]
     parts += [get(name, "--validation.data=FrameFolders", "--optim.ema=EMA") for name in names()]
+    parts += [get("lvdm-short-sky-tiny", "--data=Base64Parts")]
     return set(ALIASES).union(*(spots(part) for part in parts))
 
 

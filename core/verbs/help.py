@@ -92,6 +92,17 @@ VERBS = {
         "executed.",
         "python -m registry weights info shipped:lvdm-video-vae-tiny",
     ),
+    "data": Verb(
+        "make laion --out DIR [--records N] [--parts N] [--pictures FOLDER]\n"
+        "       | list laion FOLDER [--to DIR] | convert LIST --to DIR [--records N]",
+        "make, list or convert, and what",
+        "Make, list and convert parts of captioned pictures (Base64Parts).\n"
+        "make laion writes part-00000.gz, …, of synthetic pictures or of those in a folder; list laion writes lists\n"
+        "of the parts below a folder; convert turns the parts of a list, a folder or a glob into tar shards\n"
+        "(webdataset).\n"
+        "`data make --help`, `data list --help` and `data convert --help` list the flags.",
+        "python -m registry data make laion --out datasets/laion-try --records 200",
+    ),
     "sync": Verb(
         "[RUN_OR_DIR] [--store URI]",
         "nothing",

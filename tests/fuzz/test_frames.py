@@ -176,7 +176,7 @@ def test_frames_that_are_too_many_for_their_size_are_a_bad_sample_before_any_is_
     (tmp_path / "train/v/a").mkdir(parents=True)
     for number in range(16):
         (tmp_path / f"train/v/a/{number:02}.png").write_bytes(png_of_zeros(5000, 5000, rows=0))
-    with pytest.raises(BadSample, match="is 5000x5000: more than 16,777,216 pixels a frame are not read"):
+    with pytest.raises(BadSample, match="is 5000x5000: more than 16,777,216 pixels are not read"):
         FrameFolders(root=tmp_path, num_frames=16).build().read(0, np.random.default_rng(0))
 
 

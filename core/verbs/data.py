@@ -1,0 +1,139 @@
+"""The verb `data`: parts of captioned pictures made, listed and converted. What does the work is handed in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from core.cli import parse
+from core.errors import UserError, did_you_mean
+from core.verbs.flags import VerbFlags
+
+SHOWN = 5  # skipped records that are named
+
+
+class MakeFlags(VerbFlags):
+    """Flags of `data make laion`."""
+
+    out: Path | None = None
+    """Folder to write; it must be new or empty."""
+    records: int = 1000
+    """Pictures, at most."""
+    parts: int = 4
+    """Files that they are spread over."""
+    size: int = 256
+    """Height and width of synthetic pictures."""
+    seed: int = 0
+    """Another seed, other synthetic pictures."""
+    plain: bool = False
+    """Write text as it is, not gzip."""
+    pictures: Path | None = None
+    """Take the pictures of this folder, and their captions (a.txt beside a.jpg), instead of synthetic ones."""
+
+    def check(self) -> None:
+        for name in ("records", "parts", "size"):
+            if getattr(self, name) < 1:
+                self.refuse(name, "must be at least 1")
+
+
+class ListFlags(VerbFlags):
+    """Flags of `data list laion`."""
+
+    to: Path | None = None
+    """Folder to write the lists into. None: the folder of the parts."""
+    format: str = "laion400m"
+    """What the lists say of the parts: laion400m, laion_aes, webdataset, or columns: caption=0,image=2."""
+    overwrite: bool = False
+    """Replace lists that are there."""
+
+
+class ConvertFlags(VerbFlags):
+    """Flags of `data convert`."""
+
+    to: Path | None = None
+    """Folder to write; it must be new or empty."""
+    root: Path | None = None
+    """Folder that the parts are below. None: that of the list."""
+    format: str = "laion400m"
+    """Of lists that state none: laion400m, laion_aes, or columns: caption=0,image=2."""
+    records: int = 10_000
+    """Records of a shard, at most."""
+
+    def check(self) -> None:
+        if self.records < 1:
+            self.refuse("records", "must be at least 1")
+
+
+class Work(NamedTuple):
+    """What the verb is handed.
+
+    `make(out, …)` yields name and records of each part; `write_lists(folder, to, …)` gives the list of lists and the
+    number of parts; `convert(list, root, format, to, records)` gives the shards that it yields and the records that it
+    skipped.
+    """
+
+    make: Callable[..., Iterable[tuple[str, int]]]
+    write_lists: Callable[..., tuple[Path, int]]
+    convert: Callable[..., tuple[Iterable[tuple[str, int]], list[tuple[str, str]]]]
+
+
+FLAGS: dict[str, type[VerbFlags]] = {"make": MakeFlags, "list": ListFlags, "convert": ConvertFlags}
+
+
+def read(words: list[str]) -> tuple[str, str, Any]:
+    """What is to be done, to what, and the flags. Raises UserError."""
+    what, where, *rest = words
+    if what not in FLAGS:
+        raise UserError(f"data {what}: unknown{did_you_mean(what, FLAGS)}; make, list or convert")
+    if what != "convert" and where != "laion":
+        raise UserError(f"data {what} {where}: only laion can be made and listed{did_you_mean(where, ['laion'])}")
+    folder = rest.pop(0) if what == "list" and rest and not rest[0].startswith("-") else where
+    (flags,) = parse(rest, FLAGS[what]())
+    return what, folder, flags
+
+
+def data(words: list[str], work: Work) -> int:
+    """Do what the words say."""
+    what, where, flags = read(words)
+    do: dict[str, Callable[[Path, Any, Work], int]] = {"make": _make, "list": _list, "convert": _convert}
+    return do[what](Path(where).expanduser(), flags, work)
+
+
+def _make(where: Path, flags: MakeFlags, work: Work) -> int:
+    if flags.out is None:
+        raise UserError("data make laion: --out DIR says where the parts go")
+    arguments = flags.arguments() | {"out": flags.out}
+    total = _told(flags.out, work.make(**arguments))
+    print(f"{flags.out}: {total} records; --data-root {flags.out} trains on them")
+    return 0
+
+
+def _list(where: Path, flags: ListFlags, work: Work) -> int:
+    if where == Path("laion"):
+        raise UserError(
+            "data list laion needs the folder of the parts, for example: data list laion datasets/laion400m"
+        )
+    path, parts = work.write_lists(where, **flags.arguments())
+    print(f"{path}: {parts} parts; --data-root {where} --data.file-list {path} trains on them")
+    return 0
+
+
+def _convert(where: Path, flags: ConvertFlags, work: Work) -> int:
+    if flags.to is None:
+        raise UserError("data convert: --to DIR says where the shards go")
+    shards, skipped = work.convert(where, flags.root, flags.format, flags.to, flags.records)
+    total = _told(flags.to, shards)
+    print(f"{flags.to}: {total} records, {len(skipped)} skipped; --data-root {flags.to} trains on them")
+    for name, reason in skipped[:SHOWN]:
+        print(f"  {name}: {reason}")
+    return 0
+
+
+def _told(folder: Path, written: Iterable[tuple[str, int]]) -> int:
+    """Say what was written, as it is written; the sum."""
+    total = 0
+    for name, records in written:
+        print(f"{folder / name}: {records} records", flush=True)
+        total += records
+    return total
