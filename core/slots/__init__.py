@@ -2,9 +2,9 @@
 
 from core.slots.autoencoder import Autoencoder, FrameVAE, VideoVAE
 from core.slots.checkpoint import Checkpoint
-from core.slots.condition import CLIPText, Condition
+from core.slots.condition import CLIPText, Condition, LDMBert
 from core.slots.data import Data
-from core.slots.denoiser import Denoiser, LVDMShortUNet, LVDMTextUNet
+from core.slots.denoiser import Denoiser, LDMUNet, LVDMShortUNet, LVDMTextUNet
 from core.slots.launch import Launch
 from core.slots.loop import Loop
 from core.slots.metric import ColourAndMotion, Metric
@@ -53,6 +53,8 @@ __all__ = [
     "FlowMatchEuler",
     "FrameVAE",
     "Heun",
+    "LDMBert",
+    "LDMUNet",
     "LVDMShortUNet",
     "LVDMTextUNet",
     "Launch",

@@ -15,7 +15,7 @@ from core.errors import UserError
 from core.weights.fit import Misfit, in_layout_of, misfit
 from core.weights.folder import write_folder
 from core.weights.lazy import Lazy, lazy
-from core.weights.names import component, parts, sort_out
+from core.weights.names import component, part_of, parts, sort_out
 from core.weights.network import Network
 from core.weights.networks import recognised
 from core.weights.stored import SUFFIXES, Stored, open_stored
@@ -42,8 +42,8 @@ def stored_in(path: Path) -> dict[str, Stored]:
     """
     if not path.is_dir() or (path / "state.json").is_file() or _weights_in(path):
         return {"": open_stored(path)}
-    found = {sub.name: open_stored(sub) for sub in sorted(path.iterdir()) if sub.is_dir() and _weights_in(sub)}
-    return found or {"": open_stored(path)}
+    subs = [sub for sub in sorted(path.iterdir()) if sub.is_dir() and _weights_in(sub)]
+    return {part_of(sub.name): open_stored(sub) for sub in subs} or {"": open_stored(path)}
 
 
 def _weights_in(folder: Path) -> bool:
