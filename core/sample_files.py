@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from core.errors import UserError
-from core.media import enlarged, sheet, tiled, write_gif, write_mp4
+from core.media import enlarged, overview, sheet, tiled, write_gif, write_mp4
 from core.preflight import writable
 from core.requests import Request
 from core.run_facts import run_facts
@@ -40,8 +40,10 @@ def fresh_folder(wanted: Path | None, default: Path) -> Path:
 
 
 def write_clip(out: Path, request: Request, frames: np.ndarray, fps: int, formats: tuple[str, ...]) -> dict[str, Any]:
-    """Write one clip, (T, H, W, 3) uint8, in each format. Returns its entry in the json."""
-    paths = {kind: out / f"{request.name}.{kind}" for kind in formats}
+    """Write one clip, (T, H, W, 3) uint8, in each format; a picture, a clip of one frame, as png. Returns its entry in
+    the json.
+    """
+    paths = {kind: out / f"{request.name}.{kind}" for kind in (formats if len(frames) > 1 else ("png",))}
     moving = enlarged(frames)
     if "mp4" in paths:
         write_mp4(paths["mp4"], moving, fps)
@@ -56,7 +58,9 @@ def write_overview(out: Path, clips: list[np.ndarray], fps: int, formats: tuple[
     """The first clips side by side as one moving grid, and as a sheet of their frames."""
     frames = np.stack(clips)
     moving = enlarged(tiled(frames))
-    sheet(frames).save(out / "sheet.png")
+    overview(frames).save(out / "sheet.png")
+    if len(moving) == 1:
+        return
     if "mp4" in formats:
         write_mp4(out / "grid.mp4", moving, fps)
     if "gif" in formats:
