@@ -31,7 +31,7 @@ def sheet(clips: np.ndarray, columns: int = 8, gap: int = 2) -> Image.Image:
 
 
 def overview(clips: np.ndarray) -> Image.Image:
-    """All at a glance: the sheet of clips, pictures (clips of one frame) side by side. `clips` (N, T, H, W, 3) uint8."""
+    """The sheet of clips; pictures (clips of one frame) side by side. `clips` (N, T, H, W, 3) uint8."""
     return sheet(clips) if clips.shape[1] > 1 else Image.fromarray(enlarged(tiled(clips))[0])
 
 

@@ -39,10 +39,10 @@ class LDMLaion400M(Recipe):
     learn together; the autoencoder (Stable Diffusion's) stays frozen.
 
     Values of PaddleMIX's text_to_image_laion400m on one GPU, whose two loops are one here; its eight: --nproc 8
-    --global-batch 480. The paper's own run had 680 samples an update, 390,000 updates and an lr of 1e-4. Expected, after
-    120,000 updates, DDIM, 1,000 captions of COCO: FID 60.9 at a CLIP score of 27.0; paper: FID 12.6 at guidance 1.5 on
-    MS-COCO. Weights: hub CompVis/ldm-text2im-large-256. Cost: 0.78 TFLOP a sample for both networks and their
-    gradients, 0.27 for encoding.
+    --global-batch 480. Expected after 120,000 updates, DDIM, 1,000 captions of COCO: FID 60.9 at a CLIP score of 27.0;
+    the paper's run (680 samples an update, 390,000 updates, lr 1e-4) has FID 12.6 at guidance 1.5 on MS-COCO. Weights:
+    hub CompVis/ldm-text2im-large-256. Cost: 0.78 TFLOP a sample for both networks and their gradients, 0.27 for
+    encoding.
     """
 
     data: Data = LAION
@@ -121,6 +121,10 @@ class LDMLaion400MTiny(LDMLaion400M):
     )
     loop: Loop = Loop(max_steps=2000, global_batch=16, micro_batch=16, seed=23)
     validation: Validation = Validation(
-        every=500, sample_every=1000, batch_size=8, num_samples=8, sampler=DDIM(num_inference_steps=25, guidance_scale=3.0)
+        every=500,
+        sample_every=1000,
+        batch_size=8,
+        num_samples=8,
+        sampler=DDIM(num_inference_steps=25, guidance_scale=3.0),
     )
     checkpoint: Checkpoint = Checkpoint(every=500)

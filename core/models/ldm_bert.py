@@ -2,8 +2,8 @@
 
 A transformer over word pieces with a norm before each part and no mask, so that padding is attended to in training and
 in sampling alike. It learns together with the denoiser. Names of tensors and config are those of diffusers'
-`LDMBertModel`, which opens the folder; that one has dropout in its published config (the original has none), and computes
-attention eagerly.
+`LDMBertModel`, which opens the folder. That one has dropout in its published config (the original has none), and its
+attention is eager.
 """
 
 from __future__ import annotations

@@ -94,7 +94,9 @@ class LDMBert(Condition):
     tokenizer: str | None = None
     """Folder of a BERT tokenizer (vocab.txt or tokenizer.json), or with one in tokenizer/; run:<id>; shipped:<name>.
     Its size sets the vocabulary. None: as large as bert-base-uncased's, for plans; a run needs one."""
-    source: str = "hub google-bert/bert-base-uncased; Chinese: google-bert/bert-base-chinese, nghuyong/ernie-1.0-base-zh"
+    source: str = (
+        "hub google-bert/bert-base-uncased; Chinese: google-bert/bert-base-chinese, nghuyong/ernie-1.0-base-zh"
+    )
     """Where a tokenizer was published; shown when it is missing."""
     fetch: str = (
         "hf download google-bert/bert-base-uncased vocab.txt tokenizer.json tokenizer_config.json "

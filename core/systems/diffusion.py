@@ -103,7 +103,9 @@ class DiffusionSystem(System):
             return ()
         if "text_states" in batch:
             if self.slot.conditions[0].trained:
-                raise UserError("the data give states of captions, but this recipe trains its text encoder on the texts")
+                raise UserError(
+                    "the data give states of captions, but this recipe trains its text encoder on the texts"
+                )
             given = batch["text_states"].float()  # (B, N, D)
             lost = torch.tensor(dropped, device=given.device)[:, None, None]
             return (torch.where(lost, self.states([""]), given) if any(dropped) else given,)

@@ -21,8 +21,14 @@ from core.weights.network import Network
 from core.weights.networks import recognised
 from core.weights.stored import SUFFIXES, Stored, open_stored
 
-
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt")
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+)
 """Files of a tokenizer in transformers' layout."""
 
 

@@ -1,4 +1,4 @@
-"""Exports that a stock pipeline of diffusers opens whole: its index, its names of folders, and what it does not know."""
+"""Exports that a stock pipeline of diffusers opens whole: its index, its folders, and what it knows nothing of."""
 
 from __future__ import annotations
 

@@ -74,7 +74,9 @@ def test_the_stock_pipeline_opens_an_export_and_makes_our_samples_of_the_same_no
 
 
 def test_guidance_and_the_text_matter_in_these_samples(run, tmp_path):
-    plain, guided = (_pictures(run, output_dir=tmp_path / str(g), seed=5, steps=7, guidance_scale=g) for g in (1.0, 4.0))
+    plain, guided = (
+        _pictures(run, output_dir=tmp_path / str(g), seed=5, steps=7, guidance_scale=g) for g in (1.0, 4.0)
+    )
     assert np.abs(plain - guided).mean() > 1
 
 

@@ -80,7 +80,9 @@ def test_everything_else_starts_uniform_within_one_over_the_root_of_its_fan_in_a
                 for tensor in (layer.weight, layer.bias):
                     if tensor is not None:
                         assert tensor.abs().max() <= bound * 1.0001, name
-                        assert tensor.numel() < 500 or tensor.std().item() == pytest.approx(bound / 3**0.5, rel=0.1), name
+                        assert tensor.numel() < 500 or tensor.std().item() == pytest.approx(bound / 3**0.5, rel=0.1), (
+                            name
+                        )
 
 
 @torch.no_grad()
@@ -127,7 +129,9 @@ def test_the_words_of_synthetic_captions_are_one_piece_each():
 
     tokenizer = BertTokenizer.from_pretrained(SHIPPED / "word-pieces-tiny")
     texts = {caption(seed, words) for seed in range(len(PHRASES)) for words in COMBINATIONS}
-    assert not [piece for text in texts for piece in tokenizer.tokenize(text) if piece.startswith("##") or piece == "[UNK]"]
+    assert not [
+        piece for text in texts for piece in tokenizer.tokenize(text) if piece.startswith("##") or piece == "[UNK]"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -142,9 +142,15 @@ def _compvis_names(unet):
             "mid_block.attentions.0": "middle_block.1", "mid_block.resnets.1": "middle_block.2"}  # fmt: skip
     for i in range(4):
         for j in range(2):
-            ends |= {f"down_blocks.{i}.{kind}.{j}": f"input_blocks.{3 * i + j + 1}.{k}" for k, kind in enumerate(("resnets", "attentions"))}
+            ends |= {
+                f"down_blocks.{i}.{kind}.{j}": f"input_blocks.{3 * i + j + 1}.{k}"
+                for k, kind in enumerate(("resnets", "attentions"))
+            }
         for j in range(3):
-            ends |= {f"up_blocks.{i}.{kind}.{j}": f"output_blocks.{3 * i + j}.{k}" for k, kind in enumerate(("resnets", "attentions"))}
+            ends |= {
+                f"up_blocks.{i}.{kind}.{j}": f"output_blocks.{3 * i + j}.{k}"
+                for k, kind in enumerate(("resnets", "attentions"))
+            }
         if i < 3:
             ends[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{3 * i + 3}.0.op"
             ends[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{3 * i + 2}.{1 if i == 0 else 2}.conv"
@@ -194,7 +200,16 @@ def test_the_sizes_of_the_published_text_encoders_are_told_from_shapes():
 def test_networks_filled_with_sines_give_the_original_s_figures():
     text = _filled(LDMBertEncoder(50, 8, 2, 64, 4, 8, 32))
     assert sum(p.numel() for p in text.parameters()) + 50 * 33 == 20_466
-    _is(text(torch.tensor([[1, 7, 3, 2, 0, 0, 0, 0]])), 0.005085, 0.999716, -1.55444, 1.15250, -0.10175, 0.51139, -0.59007)
+    _is(
+        text(torch.tensor([[1, 7, 3, 2, 0, 0, 0, 0]])),
+        0.005085,
+        0.999716,
+        -1.55444,
+        1.15250,
+        -0.10175,
+        0.51139,
+        -0.59007,
+    )
     unet = LDMUNet(block_out_channels=(32, 64), layers_per_block=1, num_heads=4, context_dim=16).build()
     assert (sum(p.numel() for p in unet.parameters()), len(unet.state_dict())) == (787_844, 208)
     y = _filled(unet)(_cosine(1, 4, 1, 8, 8), torch.tensor([37]), _cosine(1, 5, 16, step=0.23))
