@@ -30,6 +30,7 @@ UNCASED = 30522
 """Entries of bert-base-uncased's vocabulary."""
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
 STOCK = {
+    "_class_name": "LDMBertModel",
     "architectures": ["LDMBertModel"],
     "model_type": "ldmbert",
     "activation_function": "gelu",
