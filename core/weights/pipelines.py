@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -54,6 +55,8 @@ def arrange(folder: Path, pipeline: Pipeline) -> None:
     """Turn an export into a folder of the pipeline: `DiffusionPipeline.from_pretrained` opens it."""
     shift_into_weights(folder / "vae")
     for ours, theirs in pipeline.folders.items():
+        if (folder / theirs).exists():  # of an export before
+            shutil.rmtree(folder / theirs)
         (folder / ours).rename(folder / theirs)
     index = {"_class_name": pipeline.name, "_diffusers_version": version("diffusers"), **pipeline.classes}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
