@@ -1,13 +1,14 @@
 """LDM from launch to a folder that stock diffusers opens: two networks learn, are averaged, exported, sampled, taken up again."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, LDMTextToImagePipeline
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from core.checkpoint import checkpoints
 from core.draw import Draw
@@ -32,6 +33,24 @@ def run(sky, _migrated_store, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ldm")
     (folder / "mlflow.db").write_bytes(_migrated_store.read_bytes())
     return run_here(short(NAME, sky, GREAT), folder / "run", f"sqlite:///{folder}/mlflow.db").output_dir
+
+
+@pytest.fixture(scope="module")
+def awake(run, tmp_path_factory):
+    """The export with a text that shows: after few updates the layers behind cross-attention are still next to zero."""
+    return _awake(shutil.copytree(run / "export", tmp_path_factory.mktemp("awake") / "export"))
+
+
+def _awake(folder):
+    file, noise = folder / "unet" / "diffusion_pytorch_model.safetensors", torch.Generator().manual_seed(0)
+    state = load_file(file)
+    for name, tensor in state.items():
+        if ".attn2.to_" in name and tensor.dim() == 2:
+            state[name] = tensor * 8
+        elif "proj_out.weight" in name or name == "conv_out.weight":
+            state[name] = torch.randn(tensor.shape, generator=noise) / tensor[0].numel() ** 0.5
+    save_file(state, file, metadata={"format": "pt"})
+    return folder
 
 
 def _of_checkpoint(run, kind, part):
@@ -59,10 +78,9 @@ def test_both_networks_learn_are_averaged_and_exported(run):
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
-def test_the_stock_pipeline_opens_an_export_and_makes_our_samples_of_the_same_noise(run, guidance, tmp_path):
-    ours = _pictures(run, output_dir=tmp_path / "ours", seed=5, steps=7, guidance_scale=guidance)
-    export(str(run), to=tmp_path / "exported", raw=False, store=None)
-    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "exported")
+def test_the_stock_pipeline_opens_an_export_and_makes_our_samples_of_the_same_noise(awake, guidance, tmp_path):
+    ours = _pictures(awake, output_dir=tmp_path / "ours", seed=5, steps=7, guidance_scale=guidance)
+    pipeline = DiffusionPipeline.from_pretrained(awake)
     assert type(pipeline) is LDMTextToImagePipeline
     pipeline.set_progress_bar_config(disable=True)
     requests = wanted(PROMPTS, 1)
@@ -73,11 +91,19 @@ def test_the_stock_pipeline_opens_an_export_and_makes_our_samples_of_the_same_no
     assert pipeline.scheduler.config.prediction_type == "v_prediction"
 
 
-def test_guidance_and_the_text_matter_in_these_samples(run, tmp_path):
+def test_guidance_and_the_text_matter_in_these_samples(awake, tmp_path):
     plain, guided = (
-        _pictures(run, output_dir=tmp_path / str(g), seed=5, steps=7, guidance_scale=g) for g in (1.0, 4.0)
+        _pictures(awake, output_dir=tmp_path / str(g), seed=5, steps=7, guidance_scale=g) for g in (1.0, 4.0)
     )
     assert np.abs(plain - guided).mean() > 1
+
+
+def test_the_verb_writes_the_folder_that_the_run_wrote(run, tmp_path):
+    export(str(run), to=tmp_path / "exported", raw=False, store=None)
+    written = {p.relative_to(run / "export"): p.read_bytes() for p in (run / "export").rglob("*.safetensors")}
+    assert len(written) == 3
+    assert all((tmp_path / "exported" / path).read_bytes() == content for path, content in written.items())
+    assert {p.name for p in (tmp_path / "exported").iterdir()} == FOLDERS
 
 
 def test_an_export_is_sampled_from_and_imported_as_the_run_itself(run, tmp_path):
