@@ -42,14 +42,15 @@ def awake(run, tmp_path_factory):
 
 
 def _awake(folder):
-    file, noise = folder / "unet" / "diffusion_pytorch_model.safetensors", torch.Generator().manual_seed(0)
-    state = load_file(file)
-    for name, tensor in state.items():
-        if ".attn2.to_" in name and tensor.dim() == 2:
-            state[name] = tensor * 8
-        elif "proj_out.weight" in name or name == "conv_out.weight":
-            state[name] = torch.randn(tensor.shape, generator=noise) / tensor[0].numel() ** 0.5
-    save_file(state, file, metadata={"format": "pt"})
+    scales = {"attn2.to_": 8.0, "proj_out.": 1.0, "conv_out.": 1.0, "embed_tokens.": 8.0}
+    noise = torch.Generator().manual_seed(0)
+    for path in (folder / "unet" / "diffusion_pytorch_model.safetensors", folder / "bert" / "model.safetensors"):
+        state = load_file(path)
+        for name, tensor in state.items():
+            scale = next((scale for part, scale in scales.items() if part in name and tensor.dim() > 1), None)
+            if scale is not None:
+                state[name] = scale * torch.randn(tensor.shape, generator=noise) / tensor[0].numel() ** 0.5
+        save_file(state, path, metadata={"format": "pt"})
     return folder
 
 
