@@ -45,7 +45,7 @@ screenshots: $(READY) ## the README's pictures of MLflow's page: three runs, one
 	$(BIN)/python -m tests.tracking.demo_runs build/screenshots
 	$(BIN)/python -m tests.tracking.screenshots sqlite:///build/screenshots/mlflow.db docs
 
-weights: $(READY) ## remake what ships with the project: two autoencoders and a text encoder
+weights: $(READY) ## remake what ships with the project: two autoencoders, a text encoder and a tokenizer
 	$(BIN)/python -m registry run lvdm-video-vae-tiny --output-dir runs/shipped-vae --overwrite
 	$(BIN)/python -m registry measure-latents lvdm-short-sky-tiny --weights runs/shipped-vae --write
 	$(BIN)/python -m core.weights.half runs/shipped-vae/export/vae core/weights/shipped/lvdm-video-vae-tiny
@@ -54,3 +54,4 @@ weights: $(READY) ## remake what ships with the project: two autoencoders and a 
 	$(BIN)/python -m core.weights.half runs/shipped-kl-vae/export/vae core/weights/shipped/kl-vae-tiny
 	$(BIN)/python -m data.synthetic_captions --root runs/shipped-captions
 	$(BIN)/python -m core.weights.text_tower runs/shipped-captions/train.csv core/weights/shipped/clip-text-tiny
+	$(BIN)/python -m core.weights.word_pieces core/weights/shipped/word-pieces-tiny

@@ -30,11 +30,18 @@ def sheet(clips: np.ndarray, columns: int = 8, gap: int = 2) -> Image.Image:
     return Image.fromarray(page)
 
 
+def overview(clips: np.ndarray) -> Image.Image:
+    """The sheet of clips; pictures (clips of one frame) side by side. `clips` (N, T, H, W, 3) uint8."""
+    return sheet(clips) if clips.shape[1] > 1 else Image.fromarray(enlarged(tiled(clips))[0])
+
+
 def four_frames(clips: np.ndarray) -> Image.Image:
-    """Four frames in a square: of one clip, or two of each of two. `clips` (1 or 2, T, H, W, 3) uint8."""
+    """Four frames in a square: of one clip, or two of each of two; of pictures the one that each has. `clips` (1 or 2,
+    T, H, W, 3) uint8.
+    """
     t = clips.shape[1]
-    chosen = np.linspace(0, t - 1, 4 // len(clips)).round().astype(int)
-    frames = clips[:, chosen].reshape(4, 1, *clips.shape[2:])  # (4, 1, H, W, 3)
+    chosen = np.linspace(0, t - 1, 4 // len(clips) if t > 1 else 1).round().astype(int)
+    frames = clips[:, chosen].reshape(-1, 1, *clips.shape[2:])  # (4 or fewer, 1, H, W, 3)
     return Image.fromarray(enlarged(tiled(frames))[0])
 
 

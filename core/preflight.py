@@ -31,7 +31,7 @@ def preflight(recipe: Recipe) -> None:
     """Raise a Screen that names every missing field, its published source and the command that goes on."""
     refuse_secrets(recipe)
     _refuse_words_for_the_deaf(recipe)
-    missing = [*_missing_weights(recipe), *_missing_data(recipe)]
+    missing = [*_missing_weights(recipe), *_missing_tokenizers(recipe), *_missing_data(recipe)]
     if missing:
         twin = f"{recipe.name}-tiny" if not recipe.name.endswith("-tiny") else recipe.name
         raise Screen(
@@ -67,6 +67,19 @@ def _missing_weights(recipe: Recipe) -> list[str]:
     ]
 
 
+def _missing_tokenizers(recipe: Recipe) -> list[str]:
+    conditions = enumerate(getattr(recipe.system, "conditions", ()))
+    return [
+        _entry(
+            f"system.conditions.{i}.tokenizer is not set; captions cannot become tokens without one",
+            slot,
+            f"--system.conditions.{i}.tokenizer",
+        )
+        for i, slot in conditions
+        if getattr(slot, "tokenizer", "") is None
+    ]
+
+
 def _entry(what: str, slot: Frozen | Data, flag: str) -> str:
     lines = [what, f"     published: {slot.source or 'not known; see the docstring of the recipe'}"]
     if slot.fetch:
@@ -76,14 +89,14 @@ def _entry(what: str, slot: Frozen | Data, flag: str) -> str:
 
 def frozen_parts(recipe: Recipe) -> list[tuple[str, Frozen]]:
     """The frozen slots of a recipe with their dotted paths: an autoencoder beside something else that is trained, and
-    conditions with a network of their own.
+    conditions with a network of their own that is not trained too.
     """
     system = recipe.system
     fields = {name: getattr(system, name) for name in field_types(type(system))}
     trains_it = [name for name, value in fields.items() if isinstance(value, Slot)] == ["autoencoder"]
     found = [(f"system.{n}", v) for n, v in fields.items() if isinstance(v, Autoencoder) and not trains_it]
     conditions = enumerate(fields.get("conditions", ()))
-    return [*found, *((f"system.conditions.{i}", c) for i, c in conditions if c.component)]
+    return [*found, *((f"system.conditions.{i}", c) for i, c in conditions if c.component and not c.trained)]
 
 
 def _missing_data(recipe: Recipe) -> list[str]:

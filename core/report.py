@@ -18,7 +18,7 @@ from core import manifest
 from core.build import Built
 from core.distributed import Ranks, full
 from core.journal import said
-from core.media import enlarged, four_frames, sheet, tiled, to_uint8, write_gif, write_mp4
+from core.media import enlarged, four_frames, overview, tiled, to_uint8, write_gif, write_mp4
 from core.mlflow_page import CELLS
 from core.progress import Progress
 from core.recipe_file import FILE_NAME, dump, recipe_hash
@@ -156,14 +156,15 @@ class Report:
         folder = self.folder / "samples" / f"step-{self.now:08d}"
         folder.mkdir(parents=True, exist_ok=True)
         frames = to_uint8(clips)
-        page = sheet(frames)
-        page.save(folder / f"{name}.png")
-        moving = enlarged(tiled(frames))
-        write_mp4(folder / f"{name}.mp4", moving, self.recipe.validation.fps)
-        write_gif(folder / f"{name}.gif", moving, self.recipe.validation.fps)
+        overview(frames).save(folder / f"{name}.png")
+        kind = "png"
+        if frames.shape[1] > 1:
+            moving, kind = enlarged(tiled(frames)), "mp4"
+            write_mp4(folder / f"{name}.mp4", moving, self.recipe.validation.fps)
+            write_gif(folder / f"{name}.gif", moving, self.recipe.validation.fps)
         if self.tracker is not None:
             self._series(name, frames, folder)
-            self.tracker.artifact(folder / f"{name}.mp4", f"samples/step-{self.now:08d}")
+            self.tracker.artifact(folder / f"{name}.{kind}", f"samples/step-{self.now:08d}")
 
     def _say(self, prompts: Sequence[str]) -> None:
         """The prompts beside their samples, one a line."""

@@ -15,7 +15,7 @@ import numpy as np
 
 from core.errors import UserError
 from core.files import read_json, write_atomic
-from core.media import enlarged, sheet, tiled, write_gif, write_mp4
+from core.media import enlarged, overview, sheet, tiled, write_gif, write_mp4
 from core.preflight import writable
 from core.requests import Request
 
@@ -67,6 +67,11 @@ def is_there(out: Path, entry: dict[str, Any]) -> bool:
     return all((out / name).exists() for name in entry["files"])
 
 
+def kinds_of(formats: Sequence[str], frames: int) -> tuple[str, ...]:
+    """The formats that are written: a picture, a clip of one frame, is a png."""
+    return tuple(formats) if frames > 1 else ("png",)
+
+
 def entry_of(request: Request, formats: Sequence[str]) -> dict[str, Any]:
     """What the json says of a clip: number, prompt, and files."""
     return {**request._asdict(), "files": [f"{request.name}.{kind}" for kind in formats]}
@@ -95,7 +100,9 @@ def write_overview(out: Path, clips: list[np.ndarray], fps: int, formats: tuple[
     """The first clips side by side as one moving grid, and as a sheet of their frames."""
     frames = np.stack(clips)
     moving = enlarged(tiled(frames))
-    _whole(out / "sheet.png", sheet(frames).save)
+    _whole(out / "sheet.png", overview(frames).save)
+    if len(moving) == 1:
+        return
     if "mp4" in formats:
         _whole(out / "grid.mp4", lambda path: write_mp4(path, moving, fps))
     if "gif" in formats:

@@ -20,9 +20,11 @@ from core.distributed import Ranks
 from core.errors import UserError
 from core.outputs import find_run, whole_checkpoint
 from core.recipe_file import FILE_NAME, read
-from core.slots import Recipe, Slot
+from core.slots import FrameVAE, Recipe, Slot
 from core.systems import System
 from core.weights.load import load_component
+from core.weights.names import folder_of
+from core.weights.pipelines import INDEX
 
 HASHED = 2**31
 """Bytes of weights that are read for their hash alone; larger ones have none unless a manifest holds it."""
@@ -138,11 +140,16 @@ def _same_schedule(recipe: Recipe, file: Path) -> None:
 
 
 def _with_parts_in(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe with the frozen parts that are in `folder` taken from there."""
+    """The recipe with the frozen parts and the tokenizer that are in `folder` taken from there."""
 
     def moved(part: Any) -> Any:
-        there = isinstance(part, Slot) and (folder / (getattr(part, "component", "") or "-")).is_dir()
-        return part.but(weights=str(folder)) if there else part
+        if not isinstance(part, Slot) or not folder_of(folder, getattr(part, "component", "") or "-"):
+            return part
+        if hasattr(part, "tokenizer"):
+            return part.but(tokenizer=str(folder))
+        # in the folder of a stock pipeline a shift of the latents is in the weights
+        stock = isinstance(part, FrameVAE) and (folder / INDEX).is_file()
+        return part.but(weights=str(folder), **({"scale_factor": None, "shift_factor": None} if stock else {}))
 
     fields = {name: getattr(recipe.system, name, None) for name in ("autoencoder", "conditions")}
     changes = {n: tuple(map(moved, v)) if isinstance(v, tuple) else moved(v) for n, v in fields.items() if v}

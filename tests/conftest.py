@@ -42,13 +42,17 @@ def _threads():
 @pytest.fixture(scope="session")
 def sky(tmp_path_factory) -> Path:
     """A small synthetic sky in the real layout: 6 training and 4 test videos of 20 frames at 64 x 64. Beside it, in the
-    folder clouds, as many captioned clips.
+    folder clouds, as many captioned clips, and in pictures parts of 8 and 4 captioned pictures.
     """
+    from data.laion import synthetic, write_part
     from data.synthetic import write_sky
     from data.synthetic_captions import write_clouds
 
     root = tmp_path_factory.mktemp("sky")
     write_clouds(root / "clouds", train_clips=6, test_clips=4, seed=7)
+    for split, count in (("train", 8), ("test", 4)):
+        (root / "pictures" / split).mkdir(parents=True)
+        write_part(root / "pictures" / split / "part-00000.gz", synthetic(split, count, seed=7))
     write_sky(root / "sky", train_videos=6, test_videos=4, clips_per_video=1, frames=20, size=64, seed=7)
     return root / "sky"
 

@@ -7,9 +7,8 @@ Names of tensors and config are the stock ones: weights and folders pass between
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL
@@ -17,6 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from core.errors import UserError
+from core.models.stock import StockConfig
 from core.models.video_vae import Posterior
 
 FRAMES = 16
@@ -24,12 +24,14 @@ FRAMES = 16
 costs 273 GFLOP to encode and 622 to decode, so that 16 keep any device busy."""
 
 
-class FrameAutoencoder(AutoencoderKL):
+class FrameAutoencoder(StockConfig, AutoencoderKL):
     """Clips (B, 3, T, H, W) in [-1, 1] to a posterior of z (B, C, T, H / f, W / f) and back.
 
     A denoiser sees latents = scale * (z + shift). The config holds them as diffusers does: `scaling_factor` = scale and
     `shift_factor` = -shift (None: 0).
     """
+
+    stock: ClassVar[str] = "AutoencoderKL"
 
     @property
     def temporal_factor(self) -> int:
@@ -86,10 +88,6 @@ class FrameAutoencoder(AutoencoderKL):
     def constants_config(scale: float, shift: float) -> dict[str, float]:
         """The entries of a config that say latents = scale * (z + shift)."""
         return {"scaling_factor": scale, "shift_factor": 0.0 - shift}
-
-    def to_json_string(self) -> str:
-        """The config under the stock class's name, which opens the folder without this project."""
-        return json.dumps(json.loads(super().to_json_string()) | {"_class_name": "AutoencoderKL"}, indent=2) + "\n"
 
     def forward(self, video: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Posterior]:
         """The reconstruction from the posterior's mean, or from its sample if noise is given, and the posterior."""

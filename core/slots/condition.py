@@ -16,7 +16,9 @@ class Condition(Slot):
     """Something of the batch that becomes an input of the denoiser."""
 
     component: ClassVar[str] = ""
-    """Name of its frozen network, and the network's folder in an export; empty where it has none."""
+    """Name of its network, and the network's folder in an export; empty where it has none."""
+    trained: ClassVar[bool] = False
+    """Whether its network learns together with the denoiser (False: it is frozen, and its slot names `weights`)."""
 
     def build(self) -> nn.Module:
         """The network with fresh weights, on torch's current default device."""
@@ -78,3 +80,54 @@ class CLIPText(Condition):
         from core.models.clip_text import CLIPTextEncoder
 
         return CLIPTextEncoder(self)
+
+
+class LDMBert(Condition):
+    """Captions through the transformer of LDM's text-to-image model (arXiv 2112.10752), trained with the denoiser.
+
+    The defaults are those of the published model: 32 layers, 542,895,360 parameters, 1280 wide. It has no dropout.
+    """
+
+    component: ClassVar[str] = "text_encoder"
+    trained: ClassVar[bool] = True
+
+    tokenizer: str | None = None
+    """Folder of a BERT tokenizer (vocab.txt or tokenizer.json), or with one in tokenizer/; run:<id>; shipped:<name>.
+    Its size sets the vocabulary. None: as large as bert-base-uncased's, for plans; a run needs one."""
+    source: str = (
+        "hub google-bert/bert-base-uncased; Chinese: google-bert/bert-base-chinese, nghuyong/ernie-1.0-base-zh"
+    )
+    """Where a tokenizer was published; shown when it is missing."""
+    fetch: str = (
+        "hf download google-bert/bert-base-uncased vocab.txt tokenizer.json tokenizer_config.json "
+        "--local-dir weights/bert-base-uncased"
+    )
+    """The command that gets it."""
+    max_length: int = 77
+    """Tokens of a caption, which are the positions that it knows: longer ones are cut, shorter ones padded."""
+    dropout: float = 0.0
+    """Share of the training samples whose caption is replaced by the empty one."""
+    hidden_size: int = 1280
+    """Width of its output: the denoiser's context_dim."""
+    intermediate_size: int = 5120
+    """Width of the feed-forward layers."""
+    num_hidden_layers: int = 32
+    """Transformer blocks."""
+    num_attention_heads: int = 8
+    """Attention heads."""
+    head_dim: int = 64
+    """Width of a head. Their sum need not be hidden_size."""
+
+    def check(self) -> None:
+        if not 0.0 <= self.dropout < 1.0:
+            self.refuse("dropout", "must be in [0, 1)")
+        if self.max_length < 3:
+            self.refuse("max_length", "must be more than 2: the first and the last token are marks")
+        for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"):
+            if getattr(self, name) < 1:
+                self.refuse(name, "must be at least 1")
+
+    def build(self) -> nn.Module:
+        from core.models.ldm_bert import LDMBertEncoder
+
+        return LDMBertEncoder.of(self)

@@ -106,3 +106,52 @@ class LVDMTextUNet(LVDMShortUNet):
         from core.slots.slot import field_types
 
         return Network(**{name: getattr(self, name) for name in field_types(type(self))})
+
+
+class LDMUNet(Denoiser):
+    """diffusers' `UNet2DConditionModel` as LDM's text-to-image model has it (arXiv 2112.10752): Stable Diffusion 1.x
+    but for the width of the text. Pictures are clips of one frame.
+    """
+
+    out_channels: int = 4
+    """Channels of the prediction."""
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    """Width of each level; space is halved between two. All but the last attend to the text."""
+    layers_per_block: int = 2
+    """Residual blocks of a level on the way down; one more on the way up."""
+    num_heads: int = 8
+    """Attention heads; the head width follows from the channels. diffusers calls it attention_head_dim."""
+    context_dim: int = 1280
+    """Width of the text: the hidden size of the text encoder."""
+    norm_num_groups: int = 32
+    """Groups of every group norm; must divide each width."""
+    sample_size: int = 32
+    """Side of the latents that stock pipelines make when no size is asked for. The network takes others."""
+
+    def check(self) -> None:
+        if not self.block_out_channels or any(c % self.norm_num_groups for c in self.block_out_channels):
+            self.refuse("block_out_channels", f"each must be a multiple of norm_num_groups = {self.norm_num_groups}")
+        if self.num_heads < 1 or any(c % self.num_heads for c in self.block_out_channels):
+            self.refuse("num_heads", "must divide the channels of every level")
+        for name in ("layers_per_block", "context_dim", "sample_size"):
+            if getattr(self, name) < 1:
+                self.refuse(name, "must be at least 1")
+
+    def build(self) -> nn.Module:
+        from core.models.image_unet import ImageUNet, zero_outputs
+
+        inner = len(self.block_out_channels) - 1
+        return zero_outputs(
+            ImageUNet(
+                sample_size=self.sample_size,
+                in_channels=self.in_channels,
+                out_channels=self.out_channels,
+                block_out_channels=self.block_out_channels,
+                layers_per_block=self.layers_per_block,
+                down_block_types=("CrossAttnDownBlock2D",) * inner + ("DownBlock2D",),
+                up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * inner,
+                cross_attention_dim=self.context_dim,
+                attention_head_dim=self.num_heads,
+                norm_num_groups=self.norm_num_groups,
+            )
+        )

@@ -62,6 +62,8 @@ class System:
         """Write diffusers-format folders. `weights` are full state dicts by the names of `trained`."""
         for name, module in self.trained.items():
             write_folder(module, folder / name, weights[name])
+            if hasattr(module, "write_beside"):
+                module.write_beside(folder)  # type: ignore[operator]
         for name, module in self.frozen.items():
             self.write_frozen(name, module, folder)
 

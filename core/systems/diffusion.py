@@ -16,6 +16,7 @@ from core.precision import DTYPES, no_autocast
 from core.sampling import Denoise, sample, told
 from core.slots import DDIM, Diffusion, Sampler
 from core.systems import Batch, Logs, System
+from core.weights.pipelines import arrange, pipeline_of
 
 ENCODED = 2
 """Clips encoded at a time: memory stays bounded, and oneDNN convolves 8 small clips at once five times slower (121 ms
@@ -30,8 +31,11 @@ class DiffusionSystem(System):
         self.trained = nn.ModuleDict({slot.denoiser.component: slot.denoiser.build()})
         self.denoiser = self.trained[slot.denoiser.component]
         self.frozen = nn.ModuleDict()
+        for condition in slot.conditions:
+            if condition.trained:
+                self.trained[condition.component] = condition.build()
         for part in (slot.autoencoder, *slot.conditions):
-            if part is not None:
+            if part is not None and part.component not in self.trained:
                 built = part.build().requires_grad_(False).eval()
                 # not diffusers' own `to`, which warns of every change of dtype
                 self.frozen[part.component] = nn.Module.to(built, DTYPES[part.dtype])  # type: ignore[union-attr]
@@ -49,11 +53,14 @@ class DiffusionSystem(System):
 
     @property
     def text(self) -> nn.Module | None:
-        """The frozen text encoder; None where the denoiser is told nothing."""
-        return self.frozen[self.slot.conditions[0].component] if self.slot.conditions else None
+        """The text encoder, frozen or trained; None where the denoiser is told nothing."""
+        if not self.slot.conditions:
+            return None
+        condition = self.slot.conditions[0]
+        return (self.trained if condition.trained else self.frozen)[condition.component]
 
     def blocks(self) -> list[nn.Module]:
-        return self.denoiser.blocks()  # type: ignore[operator, no-any-return]
+        return [block for network in self.trained.values() for block in network.blocks()]  # type: ignore[operator]
 
     @torch.no_grad()
     def latents(self, video: Tensor, draw: Draw) -> Tensor:
@@ -80,11 +87,14 @@ class DiffusionSystem(System):
             # one clip at a time: decoding is the peak of memory, and a batch of clips is no faster
             return torch.cat([vae.decode(one) for one in z.split(1)]).float().clamp(-1, 1)  # type: ignore[operator]
 
-    @torch.no_grad()
     def states(self, captions: Sequence[str]) -> Tensor:
-        """What the denoiser is told of captions: (B, N, D) in fp32."""
+        """What the denoiser is told of captions: (B, N, D) in fp32, with a gradient where the text encoder is
+        trained.
+        """
         assert self.text is not None
-        with no_autocast(next(self.text.parameters()).device):
+        if self.slot.conditions[0].trained:
+            return self.text(captions).float()  # type: ignore[no-any-return]
+        with torch.no_grad(), no_autocast(next(self.text.parameters()).device):
             return self.text(captions)  # type: ignore[no-any-return]
 
     def _told(self, batch: Batch, dropped: Sequence[bool]) -> tuple[Tensor, ...]:
@@ -92,6 +102,10 @@ class DiffusionSystem(System):
         if self.text is None:
             return ()
         if "text_states" in batch:
+            if self.slot.conditions[0].trained:
+                raise UserError(
+                    "the data give states of captions, but this recipe trains its text encoder on the texts"
+                )
             given = batch["text_states"].float()  # (B, N, D)
             lost = torch.tensor(dropped, device=given.device)[:, None, None]
             return (torch.where(lost, self.states([""]), given) if any(dropped) else given,)
@@ -105,6 +119,8 @@ class DiffusionSystem(System):
         condition = self._told(batch, [chance < dropout for chance in draw.chances("caption dropout")])
         x0 = self.latents(batch["pixel_values"], draw)
         noise = draw.noise(x0.shape[1:])
+        if objective.noise_offset:
+            noise = noise + objective.noise_offset * draw.noise((x0.shape[1], 1, 1, 1), "noise offset")
         x_t = self.schedule.add_noise(x0, noise, t)
         output = self.denoiser(x_t, t, *condition).float()
         target = self.schedule.target(x0, noise, t, objective.prediction_type)
@@ -175,6 +191,8 @@ class DiffusionSystem(System):
     def export(self, folder: Path, weights: dict[str, dict[str, Tensor]]) -> None:
         super().export(folder, weights)
         DDIM().build(self.slot.objective).save_pretrained(folder / "scheduler")
+        if stock := pipeline_of(self.slot):
+            arrange(folder, stock)
 
 
 def _dtype(module: nn.Module) -> torch.dtype:

@@ -21,6 +21,7 @@ from core.sample_files import (
     fresh_folder,
     goes_on,
     is_there,
+    kinds_of,
     write_clip,
     write_json,
     write_overview,
@@ -117,7 +118,8 @@ def _default(source: Source, flags: SampleFlags) -> Path:
 
 def json_of(made_by: dict[str, Any], requests: Sequence[Request], formats: Sequence[str]) -> dict[str, Any]:
     """The json, as long as not all clips are there."""
-    return {**made_by, "complete": False, "clips": [entry_of(request, formats) for request in requests]}
+    kinds = kinds_of(formats, made_by["frames"])
+    return {**made_by, "complete": False, "clips": [entry_of(request, kinds) for request in requests]}
 
 
 @dataclass
@@ -157,7 +159,7 @@ class Studio:
                 say(f"the text encoder does not read the last {lost:,} tokens of {text[:60]!r}…")
 
     def _entry(self, request: Request) -> dict[str, Any]:
-        return entry_of(request, self.flags.formats)
+        return entry_of(request, kinds_of(self.flags.formats, self.maker.clip[0]))
 
     def _is_made(self, request: Request) -> bool:
         """Whether it was made by a call before this one. The grid's are made again: it needs all their pixels."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -52,10 +53,13 @@ def refuse_misfit(module: nn.Module, state: Mapping[str, Tensor | Lazy]) -> None
 
 def in_layout_of(module: nn.Module, state: State, paddle: bool = False) -> dict[str, Lazy]:
     """Tensors under the module's names in the layout of its layers: matrices of Paddle transposed, and kernels of 1 x 1
-    convolutions as matrices (or the reverse).
+    convolutions as matrices (or the reverse). What the module says it has no use for (as diffusers and transformers let
+    it) is left out.
     """
-    named = in_torch_layout(state, matrices(module)) if paddle else dict(state)
     own = {name: tuple(t.shape) for name, t in module.state_dict().items()}
+    useless = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or []
+    kept = {n: e for n, e in state.items() if n in own or not any(re.match(pattern, n) for pattern in useless)}
+    named = in_torch_layout(kept, matrices(module)) if paddle else kept
     return {name: _as_matrix(entry, own.get(name, entry.shape)) for name, entry in named.items()}
 
 

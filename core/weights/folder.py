@@ -20,10 +20,13 @@ SAFETENSORS = {dtype: name for name, dtype in DTYPES.items()}
 def write_folder(module: Any, folder: Path, state: Mapping[str, Tensor | Lazy]) -> Path:
     """Write the configuration of a diffusers `module` with the weights `state` (its own `save_pretrained` takes none).
     Returns the weights' path.
+
+    A module may say that its file is called otherwise (`weights_name`), and that more is stored (`stored`).
     """
     folder.mkdir(parents=True, exist_ok=True)
     module.save_config(folder)
-    return write_weights(folder, state)
+    stored = getattr(module, "stored", dict)
+    return write_weights(folder, stored(state), getattr(module, "weights_name", NAME))
 
 
 def write_weights(folder: Path, state: Mapping[str, Tensor | Lazy], name: str = NAME) -> Path:

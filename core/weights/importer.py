@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,20 @@ from core.errors import UserError
 from core.weights.fit import Misfit, in_layout_of, misfit
 from core.weights.folder import write_folder
 from core.weights.lazy import Lazy, lazy
-from core.weights.names import component, parts, sort_out
+from core.weights.names import component, part_of, parts, sort_out
 from core.weights.network import Network
 from core.weights.networks import recognised
 from core.weights.stored import SUFFIXES, Stored, open_stored
+
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+)
+"""Files of a tokenizer in transformers' layout."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +53,8 @@ def stored_in(path: Path) -> dict[str, Stored]:
     """
     if not path.is_dir() or (path / "state.json").is_file() or _weights_in(path):
         return {"": open_stored(path)}
-    found = {sub.name: open_stored(sub) for sub in sorted(path.iterdir()) if sub.is_dir() and _weights_in(sub)}
-    return found or {"": open_stored(path)}
+    subs = [sub for sub in sorted(path.iterdir()) if sub.is_dir() and _weights_in(sub)]
+    return {part_of(sub.name): open_stored(sub) for sub in subs} or {"": open_stored(path)}
 
 
 def _weights_in(folder: Path) -> bool:
@@ -97,10 +108,20 @@ def import_weights(
         raise UserError(
             f"{path}: no moving average in it of {' or '.join(part for _, part, _ in plans)}; leave out --ema"
         )
-    return [
+    done = [
         _import_one(stored, part, to, kind, partial, modules or {})
         for (_, part, stored), kind in zip(plans, kinds, strict=True)
     ]
+    _copy_tokenizer(path / "tokenizer", to / "tokenizer")
+    return done
+
+
+def _copy_tokenizer(there: Path, here: Path) -> None:
+    """The tokenizer of a pipeline's folder, without which its text encoder is of no use. No other file."""
+    files = [there / name for name in TOKENIZER if (there / name).is_file()]
+    for file in files:
+        here.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, here / file.name)
 
 
 def _has_average(name: str, stored: Stored, part: str) -> bool:

@@ -14,7 +14,7 @@ from core.errors import UserError, did_you_mean
 from core.weights.fit import in_layout_of, load_strict
 from core.weights.lazy import Lazy
 from core.weights.names import component as component_of
-from core.weights.names import sort_out
+from core.weights.names import folder_of, sort_out
 from core.weights.networks import recognised
 from core.weights.stored import Stored, open_stored
 
@@ -118,15 +118,15 @@ def _component(path: Path, component: str, averaged: bool | None) -> Path:
     The export of a run is averaged where the run has an average; raw weights, and those of a run that has no export
     yet, are in its newest checkpoint.
     """
-    export = path / "export" / component
-    if export.is_dir() and averaged is None:
+    export = folder_of(path / "export", component)
+    if export is not None and averaged is None:
         return export
     if (path / "recipe.json").is_file() and (path / "checkpoints").is_dir():
         from core.outputs import checkpoint_of
 
         return checkpoint_of(path)
-    names = [f"{component}_ema", component] if averaged else [component]
-    return next((path / name for name in names if (path / name).is_dir()), path)
+    average = path / f"{component}_ema"
+    return average if averaged and average.is_dir() else folder_of(path, component) or path
 
 
 def _from_hub(spec: str) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Generic, TypeVar
 
 from core.errors import UserError
@@ -17,10 +18,12 @@ AROUND = ("state_dict.", "model_state_dict.", "module.", "weights.", "model.", "
 """What stands before all names of a file: a dict in the checkpoint, DDP's wrapper, the attribute of a trainer."""
 PARTS = {
     "unet": ("model.diffusion_model.", "diffusion_model.", "unet."),
-    "vae": ("first_stage_model.", "vae."),
+    "vae": ("first_stage_model.", "vae.", "vqvae."),
     "text_encoder": ("cond_stage_model.transformer.", "cond_stage_model.", "text_encoder."),
 }
 """Networks of a full checkpoint: LDM's and LVDM's attributes, then PaddleMIX's and this project's."""
+FOLDERS = {"vae": ("vae", "vqvae"), "text_encoder": ("text_encoder", "bert")}
+"""Folders of a network in a pipeline: this project's, and those of LDM's pipelines where they are others."""
 AVERAGES = ("model_ema.", "ema_model.", "ema_state_dict.", "ema.")
 COUNTERS = ("decay", "num_updates", "updates", "n_averaged")
 TRAINING = re.compile(r"(optimizer|optim|lr_scheduler|scheduler|scaler|callbacks|loops|hyper_parameters|rng)\w*\.")
@@ -41,6 +44,16 @@ class Contents(Generic[T]):
     raw: dict[str, T]
     averaged: dict[str, T]
     left_out: dict[str, T]
+
+
+def folder_of(pipeline: Path, part: str) -> Path | None:
+    """The folder of a network in that of a pipeline, whatever it is called there."""
+    return next((pipeline / name for name in FOLDERS.get(part, (part,)) if (pipeline / name).is_dir()), None)
+
+
+def part_of(folder: str) -> str:
+    """The network that a pipeline's folder of this name holds."""
+    return next((part for part, names in FOLDERS.items() if folder in names), folder)
 
 
 def sort_out(tensors: Mapping[str, T], own: Collection[str] = ()) -> Contents[T]:

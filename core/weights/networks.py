@@ -6,6 +6,7 @@ import re
 
 from core.weights.autoencoder_kl import NETWORKS as AUTOENCODERS
 from core.weights.lazy import State
+from core.weights.ldm import NETWORKS as LDM
 from core.weights.lvdm import NETWORKS as LVDM
 from core.weights.network import Network
 
@@ -16,7 +17,7 @@ CLIP = Network(
     instead="it is the stock one: hf download openai/clip-vit-large-patch14 --local-dir weights/clip",
 )
 
-NETWORKS: tuple[Network, ...] = (*LVDM, *AUTOENCODERS, CLIP)
+NETWORKS: tuple[Network, ...] = (*LVDM, *LDM, *AUTOENCODERS, CLIP)
 
 
 def recognised(state: State) -> Network | None:

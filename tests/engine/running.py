@@ -8,7 +8,7 @@ from pathlib import Path
 from core.journal import FILE_NAME, read
 from core.slots import Launch, Recipe
 from core.train import Result, train
-from data.slots import CaptionedVideos
+from data.slots import Base64Parts, CaptionedVideos
 from registry import get, names
 
 REPO = Path(__file__).parents[2]
@@ -17,16 +17,18 @@ SHORT = (
     "--validation.every 0 --validation.sample-every 0 --validation.batch-size 2 --validation.num-batches 2 "
     "--validation.num-samples 2 --validation.metric-clips 0 --validation.sampler.num-inference-steps 2 --checkpoint.every 0"
 )
+BESIDE = {CaptionedVideos: "clouds", Base64Parts: "pictures"}
+"""Folders beside the fixture `sky`, by what reads them."""
 TWINS = tuple(name for name in names() if name.endswith("-tiny"))
 """Every twin there is: what holds for one is tested for all, and for those to come."""
 
 
 def flags(name: str, sky: Path, more: str = "") -> list[str]:
     """The words after `run` for a short run; later flags win over those of SHORT. The data are those of the fixture
-    `sky`, or the captioned clips beside them.
+    `sky`, or what lies beside them.
     """
     words: dict[str, str] = {}
-    root = sky.parent / "clouds" if isinstance(get(name).data, CaptionedVideos) else sky
+    root = sky.parent / BESIDE.get(type(get(name).data), sky.name)
     pairs = f"{SHORT} --data-root {root} {more}".split()
     for flag, value in zip(pairs[::2], pairs[1::2], strict=True):
         words[flag] = value
