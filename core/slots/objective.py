@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from core.slots.slot import Slot
 
 
 class Objective(Slot):
     """DDPM training (arXiv 2006.11239): x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise, t uniform."""
+
+    since: ClassVar[dict[str, Any]] = {"noise_offset": 0.0}
 
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
     """What the network predicts."""
@@ -24,7 +26,6 @@ class Objective(Slot):
     """Steps of the schedule."""
     snr_gamma: float | None = None
     """Min-SNR loss weight (arXiv 2303.09556), e.g. 5.0. None: every timestep counts the same."""
-
     noise_offset: float = 0.0
     """Times a normal number that one channel of a sample shares is added to the noise, and to what is predicted: very
     dark and very bright pictures are then learnt too (crosslabs.org, offset noise). Usual: 0.05 to 0.1."""

@@ -31,6 +31,9 @@ class Slot:
     """
 
     by_name: ClassVar[dict[str, type[Slot]]] = {}
+    since: ClassVar[dict[str, Any]] = {}
+    """Fields that came later, with the value that a recipe.json without them means: runs of before go on. Only a field
+    whose value leaves everything as it was can be one."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -244,7 +247,7 @@ def _slot_from_json(hint: Any, value: dict[str, Any], where: str) -> Slot:
             f"known are {', '.join(allowed)}"
         )
     hints = field_types(cls)
-    given = {name: v for name, v in value.items() if name != "is"}
+    given = cls.since | {name: v for name, v in value.items() if name != "is"}
     unknown, missing = sorted(given.keys() - hints.keys()), sorted(hints.keys() - given.keys())
     if unknown or missing:
         parts = [

@@ -8,7 +8,8 @@ import registry
 from core.cli import parse
 from core.errors import UserError
 from core.recipe_file import MAX_BYTES, dump, load, read, recipe_hash
-from core.slots import RECIPES, Recipe
+from core.slots import RECIPES, Recipe, Slot
+from core.slots.slot import field_types
 
 NAME = "lvdm-short-sky-tiny"
 
@@ -79,6 +80,14 @@ def test_unknown_missing_and_wrong_fields_are_named(recipe):
     assert "some.json.data" in refusal(with_fields(recipe, data={"is": "EMA"}))
     assert "some.json.loop" in refusal(with_fields(recipe, loop=3))
     assert "is no recipe" in refusal(with_fields(recipe, **{"is": "Recipe"}))
+
+
+def test_a_file_from_before_a_field_means_what_it_meant_then(recipe):
+    value = json.loads(dump(recipe))
+    del value["fields"]["system"]["objective"]["noise_offset"]
+    assert load(json.dumps(value), "some.json") == recipe
+    for cls in Slot.by_name.values():
+        assert set(cls.since) <= set(field_types(cls))
 
 
 @pytest.mark.parametrize(
