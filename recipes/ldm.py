@@ -6,8 +6,8 @@ from core.slots import (
     DDIM,
     EMA,
     AdamW,
-    CaptionAttributes,
     Checkpoint,
+    ColourAndMotion,
     Data,
     Diffusion,
     FrameVAE,
@@ -128,7 +128,7 @@ class LDMLaion400MTiny(LDMLaion400M):
         batch_size=8,
         num_samples=8,
         metric_clips=120,
-        metric=CaptionAttributes(),
+        metric=ColourAndMotion(),
         sampler=DDIM(num_inference_steps=25, guidance_scale=3.0),
     )
     checkpoint: Checkpoint = Checkpoint(every=500)

@@ -9,9 +9,9 @@ from core.slots import (
     EMA,
     AdamW,
     Autoencoding,
-    CaptionAttributes,
     Checkpoint,
     CLIPText,
+    ColourAndMotion,
     Data,
     Diffusion,
     FrameVAE,
@@ -231,7 +231,7 @@ class LVDMText2VideoTiny(LVDMText2Video):
         batch_size=8,
         num_samples=8,
         metric_clips=48,
-        metric=CaptionAttributes(),
+        metric=ColourAndMotion(),
         sampler=DDIM(num_inference_steps=25, guidance_scale=3.0),
     )
     checkpoint: Checkpoint = Checkpoint(every=500)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from core.attributes import UNREAD, WORDS, read, report, scores, words_of
-from core.slots.metric import COLOURS, DIRECTIONS, SPEEDS, CaptionAttributes
+from core.slots.metric import COLOURS, DIRECTIONS, SPEEDS, ColourAndMotion
 
 SIDE, FRAMES = 48, 8
 
@@ -87,4 +87,4 @@ def test_attributes_that_no_caption_names_have_no_score(clips):
 
 
 def test_the_slot_builds_the_report():
-    assert CaptionAttributes().build() is report
+    assert ColourAndMotion().build() is report

@@ -18,6 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from core.errors import UserError
 from core.files import read_json, write_atomic
 from core.hashing import hash_of
+from core.preflight import writable
 from core.requests import Request, prompts_in, slug
 
 FACTS = "made-by.json"
@@ -51,6 +52,7 @@ def begin(out: Path, facts: Mapping[str, Any], restart: bool) -> None:
     was made by something else; with `restart` that is removed.
     """
     file = out / FACTS
+    writable(out)
     if restart:
         for path in [*out.glob("guidance-*/*.png"), *out.glob("guidance-*/*.npy"), file]:
             path.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ from core.slots.data import Data
 from core.slots.denoiser import Denoiser, LDMUNet, LVDMShortUNet, LVDMTextUNet
 from core.slots.launch import Launch
 from core.slots.loop import Loop
-from core.slots.metric import CaptionAttributes, Metric
+from core.slots.metric import ColourAndMotion, Metric
 from core.slots.objective import Objective
 from core.slots.optim import EMA, AdamW, Optim, ParamGroup, Schedule
 from core.slots.parallel import Parallel
@@ -41,8 +41,8 @@ __all__ = [
     "Autoencoder",
     "Autoencoding",
     "CLIPText",
-    "CaptionAttributes",
     "Checkpoint",
+    "ColourAndMotion",
     "Condition",
     "DPMSolverMultistep",
     "Data",

@@ -74,7 +74,7 @@ class Metric(Slot):
         raise NotImplementedError
 
 
-class CaptionAttributes(Metric):
+class ColourAndMotion(Metric):
     """Whether the colour, the direction and the speed that a caption names are seen in the clip, or the colour, the
     shape and the place in a picture (core/attributes.py).
 

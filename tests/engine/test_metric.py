@@ -7,7 +7,7 @@ from mlflow import MlflowClient
 from core.distributed import Ranks
 from core.errors import UserError
 from core.preflight import preflight
-from core.slots import CaptionAttributes
+from core.slots import ColourAndMotion
 from core.validate import metric, prompts_of, real_clips
 from registry import get
 from tests.engine.running import journal, run_here, short
@@ -47,4 +47,4 @@ def test_a_recipe_without_a_metric_has_no_scores(sky):
 def test_a_metric_of_captions_is_refused_where_the_recipe_is_told_no_text(sky):
     recipe = get("lvdm-short-sky-tiny")
     with pytest.raises(UserError, match=r"validation.metric: lvdm-short-sky-tiny is told no text"):
-        preflight(recipe.but(validation=recipe.validation.but(metric=CaptionAttributes())))
+        preflight(recipe.but(validation=recipe.validation.but(metric=ColourAndMotion())))

@@ -13,7 +13,7 @@ import registry
 from core.cli import parse
 from core.errors import UserError
 from core.recipe_file import delta_flags, dump, load, recipe_hash
-from core.slots import EMA, CaptionAttributes, Launch, ParamGroup, Recipe, Slot, SlotError
+from core.slots import EMA, ColourAndMotion, Launch, ParamGroup, Recipe, Slot, SlotError
 from core.swap import spots
 from data.slots import FrameFolders
 
@@ -24,7 +24,7 @@ WHOLE = {  # fields that hold slots, and what else they may hold
         tuple
     ),
     "system.autoencoder": st.none(),
-    "validation.metric": st.none() | st.builds(CaptionAttributes),
+    "validation.metric": st.none() | st.builds(ColourAndMotion),
     "validation.data": st.none() | st.builds(FrameFolders, root=st.just(Path("~here")), resolution=st.integers(1, 9)),
 }
 
