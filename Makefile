@@ -49,7 +49,8 @@ weights: $(READY) ## remake what ships with the project: two autoencoders, a tex
 	$(BIN)/python -m registry run lvdm-video-vae-tiny --output-dir runs/shipped-vae --overwrite
 	$(BIN)/python -m registry measure-latents lvdm-short-sky-tiny --weights runs/shipped-vae --write
 	$(BIN)/python -m core.weights.half runs/shipped-vae/export/vae core/weights/shipped/lvdm-video-vae-tiny
-	$(BIN)/python -m registry run kl-vae-tiny --output-dir runs/shipped-kl-vae --overwrite
+	$(BIN)/python -m registry run kl-vae-tiny --output-dir runs/first-kl-vae --overwrite
+	$(BIN)/python -m registry run kl-vae-tiny --init-from runs/first-kl-vae --system.kl-weight 2e-4 --max-steps 500 --lr 1.5e-3 --output-dir runs/shipped-kl-vae --overwrite
 	$(BIN)/python -m registry measure-latents kl-vae-tiny --weights runs/shipped-kl-vae --write
 	$(BIN)/python -m core.weights.half runs/shipped-kl-vae/export/vae core/weights/shipped/kl-vae-tiny
 	$(BIN)/python -m data.synthetic_captions --root runs/shipped-captions

@@ -54,7 +54,8 @@ class KLVAETiny(KLVAE):
 
     The loss is MSE (reference: L1): a cloud covers a tenth of a picture, and L1 takes long to see it at all. A sample
     is two frames, num_frames 2 with frame_stride 4 (reference: one), because opening a file takes as long as decoding
-    it. Expected: 29 dB PSNR on held-out frames.
+    it. Expected: 29 dB PSNR on held-out frames. The weights that ship have gone on for 500 steps with kl_weight 2e-4,
+    which makes room for every colour in the latents (make weights).
     """
 
     data: Data = CaptionedVideos(num_frames=2, frame_stride=4, resolution=64)
