@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import socket
 import sys
 
 import pytest
@@ -21,8 +20,9 @@ from core.slots import Parallel
 from core.verbs.sample import sample
 from core.verbs.weights import export
 from core.weights.load import SHIPPED
-from tests.engine.processes import SERVER
+from tests.engine.processes import SERVER, begin
 from tests.engine.running import losses, run_here, short
+from tests.tracking.servers import free_port
 
 NAME = "ldm-laion400m-tiny"
 FLAGS = "--max-steps 2 --global-batch 2 --checkpoint.every 1 --checkpoint.keep 9"
@@ -54,7 +54,8 @@ def test_name_shape_dtype_and_bit_pattern_count_and_layout_in_memory_does_not():
     assert fingerprint(holding(values.T.contiguous().T)) == same
     others = [holding(values, "bias"), holding(values.reshape(4, 6)), holding(values.double()), holding(-values)]
     zeros = [holding(torch.zeros(3)), holding(-torch.zeros(3)), holding(torch.zeros(0))]
-    assert len({same, *map(fingerprint, others), *map(fingerprint, zeros)}) == 8
+    zeros.append(holding(torch.zeros(3, dtype=torch.int32)))
+    assert len({same, *map(fingerprint, others), *map(fingerprint, zeros)}) == 9
 
 
 def test_large_tensors_are_read_at_few_places_in_all_of_their_columns():
@@ -209,10 +210,7 @@ def _sampled(where, out):
 
 def _read(rank, port, said):
     """What a rank does that has read its own number from its disk."""
-    import os
-
-    here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in here.items()})
+    begin(said / "stderr", 1, rank, 2, port)
     with ranks(Parallel(), "cpu", 60.0) as group:
         held_against(None, {VAE: {"from": "vae", "tensors": "the same"}}, (), group)
         try:
@@ -223,9 +221,7 @@ def _read(rank, port, said):
 
 
 def test_ranks_that_read_different_files_under_one_name_all_say_so(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     processes = [SERVER.Process(target=_read, args=(rank, port, tmp_path)) for rank in range(2)]
     for process in processes:
         process.start()
