@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPModel, CLIPTokenizer
+from transformers.utils import logging
 
 from core.errors import UserError
 from core.files import read_json
@@ -28,6 +29,7 @@ class CLIPScore(nn.Module):
         there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
         if "config.json" not in there or not any(files <= there for files in TOKENIZERS):
             raise UserError(f"--clip {folder}: expected a folder with config.json, model.safetensors and a tokenizer")
+        logging.disable_progress_bar()  # of reading tensors, which takes a second
         try:
             model, report = CLIPModel.from_pretrained(
                 folder, local_files_only=True, use_safetensors=True, output_loading_info=True

@@ -85,7 +85,7 @@ def plot(rows: Sequence[Row], distance: str) -> Figure | None:
     for row in rows:
         if row["guidance"] is None and distance in row:
             axes.axhline(row[distance], linestyle=":", color="grey")
-            axes.annotate(row["set"], (0.01, row[distance]), xycoords=("axes fraction", "data"), fontsize=8)
+            axes.text(0.01, row[distance], row["set"], transform=axes.get_yaxis_transform(), fontsize=8, va="bottom")
     axes.set_xlabel("CLIP score" if across == "clip" else "guidance scale")
     axes.set_ylabel(distance.upper())
     return figure
