@@ -11,7 +11,6 @@ from transformers import BertTokenizer
 
 from core.draw import Draw
 from core.errors import UserError
-from core.models.ldm_bert import LDMBertEncoder
 from core.slots import Diffusion, FrameVAE, LDMBert, LDMUNet, Objective
 from core.weights.load import SHIPPED
 from core.weights.pipelines import shift_into_weights
