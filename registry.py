@@ -15,17 +15,12 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from importlib.metadata import EntryPoint
-
     from core.slots import Recipe as Recipe
     from core.slots import Slot
     from core.slots import register as register
 
 __all__ = ["Recipe", "get", "main", "names", "register", "run"]
 __version__ = "0.1.0"
-
-PLUGINS = "video_registry.recipes"
-"""Entry-point group of other packages: each entry names a module, and importing it registers its recipes."""
 
 
 def __getattr__(name: str) -> Any:
@@ -42,13 +37,11 @@ def __getattr__(name: str) -> Any:
 @functools.cache
 def _recipes() -> dict[str, type[Recipe]]:
     """All recipes by name: this project's, then those of installed packages."""
-    from importlib.metadata import entry_points
-
+    from core.plugins import load_plugins
     from core.slots.recipe import RECIPES
 
     _load_own()
-    for entry in entry_points(group=PLUGINS):
-        _load_plugin(entry, RECIPES)
+    load_plugins(RECIPES)
     return RECIPES
 
 
@@ -58,35 +51,9 @@ def _load_own() -> None:
     try:
         import recipes  # noqa: F401
     except Exception as error:  # whatever a recipe file does wrong is said in one line
-        raise UserError(f"the recipes cannot be loaded: {_place(error)}{type(error).__name__}: {error}") from error
+        from core.plugins import line_of
 
-
-def _place(error: BaseException) -> str:
-    """`recipes/lvdm.py line 12: `, the last line of a recipe file that was being run."""
-    import traceback
-
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "recipes" in f.filename]
-    return f"{os.path.relpath(frames[-1].filename)} line {frames[-1].lineno}: " if frames else ""
-
-
-def _load_plugin(entry: EntryPoint, known: dict[str, type[Recipe]]) -> None:
-    """Import one package's recipes. One that fails is left out with a warning; a name that is taken is an error."""
-    import importlib
-
-    from core.errors import UserError
-
-    package = entry.dist.name if entry.dist else entry.module
-    before = dict(known)
-    try:
-        importlib.import_module(entry.module)
-    except (Exception, SystemExit) as error:  # a package that is not ours can raise anything
-        if str(error).startswith(("two recipes are called", "two slot classes are called")):
-            raise UserError(f"package {package!r}: {error}") from error
-        for name in known.keys() - before.keys():
-            del known[name]
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        left_out = f"warning: the recipes of package {package!r} are left out"
-        print(f"{left_out}: {entry.module} fails with {reason}", file=sys.stderr)
+        raise UserError(f"the recipes cannot be loaded: {line_of(error)}{type(error).__name__}: {error}") from error
 
 
 def names() -> list[str]:
@@ -301,36 +268,13 @@ def _measure(words: list[str]) -> int:
 
 
 def _weights(words: list[str]) -> int:
-    from core.cli import parse
-    from core.verbs.flags import ExportFlags, ImportFlags, VerbFlags
+    from core.verbs import weights_words as verb
 
     if _wants_help(words):
-        flags = {"import": (ImportFlags(),), "export": (ExportFlags(),)}.get(words[0], ())
-        return _help(words, "weights", *flags)
-    what, where = _first(words, "weights", 2)
-    as_json = what == "info" and _take(words, "--json")
-    if what == "info":
-        parse(words[2:], VerbFlags())
-        from core.verbs.weights import print_info
-
-        return print_info(where, map(_make, names()), as_json)
-    if what == "import":
-        keywords = {"--as": "--component", "--for": "--recipe"}  # Python's own, so no names of fields
-        (imports,) = parse([keywords.get(word, word) for word in words[2:]], ImportFlags())
-        from core.verbs.weights import print_import
-
-        return print_import(where, get, **imports.arguments())
-    if what == "export":
-        (exports,) = parse(words[2:], ExportFlags())
-        _recipes()
-        from core.verbs.weights import export
-
-        return export(where, **exports.arguments())
-    from core.errors import UserError, did_you_mean
-
-    raise UserError(
-        f"weights {what}: unknown{did_you_mean(what, ['info', 'import', 'export'])}; info, import or export"
-    )
+        return _help(words, "weights", *(kind() for what, kind in verb.FLAGS.items() if what == words[0]))
+    _first(words, "weights", 2)
+    names()  # a run is read with the recipes known
+    return verb.weights(words, get, lambda: map(_make, names()))
 
 
 def _data(words: list[str]) -> int:

@@ -17,6 +17,7 @@ from core.deferred import recording
 from core.distributed import Ranks, spread
 from core.ema import EMA
 from core.errors import UserError
+from core.fingerprint import Prints, held_against, prints
 from core.fresh import Fresh
 from core.outputs import Start, start
 from core.precision import DTYPES, Scaler
@@ -37,6 +38,8 @@ class Built:
     parameters: list[Tensor]
     ema: EMA | None
     scaler: Scaler
+    frozen: Prints
+    """What the frozen parts are, for checkpoints."""
     total_steps: int
     start: Start
 
@@ -48,6 +51,8 @@ def build(recipe: Recipe, launch: Launch, here: Ranks) -> Built:
     begin = _start(recipe, launch, here)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = recipe.loop.tf32
     system = _assemble(recipe, launch, here, begin)
+    frozen = prints(recipe, system)
+    held_against(begin.checkpoint, frozen, launch.allow, here)
     groups = parameter_groups(system.trained, recipe.optim)
     return Built(
         system=system,
@@ -57,6 +62,7 @@ def build(recipe: Recipe, launch: Launch, here: Ranks) -> Built:
         parameters=list(system.trained.parameters()),
         ema=EMA(recipe.optim.ema, system.trained) if recipe.optim.ema else None,
         scaler=Scaler(recipe.loop.precision),
+        frozen=frozen,
         total_steps=total_steps(recipe, len(dataset)),
         start=begin,
     )

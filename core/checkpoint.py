@@ -68,6 +68,10 @@ def _is_window(value: Any) -> bool:
     )
 
 
+def _are_prints(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(entry, dict) for entry in value.values())
+
+
 NUMBERS: dict[str, Callable[[Any], bool]] = {
     "step": _is_count,
     "epoch": _is_count,
@@ -80,6 +84,7 @@ NUMBERS: dict[str, Callable[[Any], bool]] = {
     "threads": lambda value: _is_count(value, 1024) and value > 0,
     "world": lambda value: _is_count(value) and value > 0,
     "window": _is_window,
+    "frozen": _are_prints,
 }
 """What `state.json` must hold besides its format, and what is fit to go on with."""
 
@@ -161,6 +166,7 @@ def numbers_of(checkpoint: Path) -> dict[str, Any]:
         raise UserError(
             f"{path}: written by a newer version (format {version}, this one reads {FORMAT}); upgrade this package"
         )
+    numbers.setdefault("frozen", {})  # what core/fingerprint.py found, which older versions did not write
     wrong = [name for name, fits in NUMBERS.items() if name not in numbers or not fits(numbers[name])]
     if wrong:
         raise UserError(f"{path}: {', '.join(wrong)} missing or not what a run writes; resume from another checkpoint")

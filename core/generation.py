@@ -19,6 +19,7 @@ from core.build import place
 from core.distributed import Ranks, choose_device
 from core.draw import Draw
 from core.errors import UserError
+from core.fingerprint import prints
 from core.media import to_uint8
 from core.precision import autocast
 from core.provenance import versions
@@ -28,7 +29,7 @@ from core.run_facts import run_facts
 from core.sampling import signal_at_start
 from core.slots import RECIPES, Recipe, Sampler
 from core.slots.slot import to_json
-from core.sources import Source, load_networks, weights_hash
+from core.sources import Source, load_networks, swapped, weights_hash
 from core.systems import System
 from core.verbs.flags import SampleFlags
 
@@ -59,8 +60,10 @@ class Generator:
         device, recipe = choose_device(flags.device), source.recipe
         system, averaged = load_networks(source, flags.raw)
         clip = _clip_shape(flags, recipe, system)
-        notes = [*source.notes, *_notes(source, sampler, clip)]
-        made_by = _made_by(source, flags, sampler, clip) | {"averaged": averaged, "device": device.type, "notes": notes}
+        found = prints(recipe, system)
+        notes = [*source.notes, *swapped(source, found), *_notes(source, sampler, clip)]
+        here = {"averaged": averaged, "frozen": found, "device": device.type, "notes": notes}
+        made_by = _made_by(source, flags, sampler, clip) | here
         place(system, recipe, Ranks(device, rank, 1, None))
         system.mode(training=False)
         return cls(source, flags.seed, sampler, system, clip, device, made_by, rank, world)
@@ -81,17 +84,17 @@ class Pace:
 
     PAUSE = 10.0
 
-    def __init__(self, total: int, talks: bool) -> None:
-        self._total, self._talks = total, talks
+    def __init__(self, total: int, talks: bool, what: str = "clips") -> None:
+        self._total, self._talks, self._what = total, talks, what
         self._began = self._said = time.monotonic()
 
     def say(self, done: int) -> None:
-        """`done` clips of this process are there."""
+        """`done` of what this process has to do."""
         now = time.monotonic()
         if self._talks and now - self._said >= self.PAUSE and done < self._total:
             self._said = now
             left = (now - self._began) / done * (self._total - done)
-            print(f"{done} of {self._total} clips, {left / 60:.1f} min left", file=sys.stderr, flush=True)
+            print(f"{done} of {self._total} {self._what}, {left / 60:.1f} min left", file=sys.stderr, flush=True)
 
 
 def sampler_of(flags: SampleFlags, recipe: Recipe) -> Sampler:

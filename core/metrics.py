@@ -29,13 +29,32 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """|m1 - m2|² + Tr(S1 + S2 - 2 (S1^½ S2 S1^½)^½) of (N, D) and (M, D) features, with unbiased covariances.
-
-    The last trace is taken as the sum of the singular values of S1^½ S2^½, which is symmetric in a and b and exact
-    for covariances without full rank.
-    """
+    """|m1 - m2|² + Tr(S1 + S2 - 2 (S1^½ S2 S1^½)^½) of (N, D) and (M, D) features, with unbiased covariances."""
     _at_least_two(a, b)
-    return frechet_of_moments(*moments(a), *moments(b))
+    return frechet_of_factors(*factored(a), *factored(b))
+
+
+def frechet_of_factors(m1: np.ndarray, f1: np.ndarray, m2: np.ndarray, f2: np.ndarray) -> float:
+    """The same from means and factors, S = FᵀF. The last trace is the sum of the singular values of F1 F2ᵀ, whose
+    squares are the eigenvalues of S1 S2: symmetric, and exact for covariances without full rank.
+    """
+    overlap = np.linalg.svd(f1 @ f2.T, compute_uv=False).sum()
+    return float(np.square(m1 - m2).sum() + np.square(f1).sum() + np.square(f2).sum() - 2 * overlap)
+
+
+def factored(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean (D,) and a factor of the covariance of (N, D) features: the centred features themselves, (N, D), while they
+    are few (with 2 rows of Inception's 2,048 numbers that is 0.1 ms instead of 20 s), else its root, (D, D).
+    """
+    x = features.astype(np.float64)
+    if len(x) <= x.shape[1]:
+        return x.mean(0), (x - x.mean(0)) / np.sqrt(len(x) - 1)
+    return factored_moments(*moments(x))
+
+
+def factored_moments(mean: np.ndarray, covariance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The same from a mean and a covariance."""
+    return mean, _root(covariance)
 
 
 def moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -46,8 +65,7 @@ def moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def frechet_of_moments(m1: np.ndarray, s1: np.ndarray, m2: np.ndarray, s2: np.ndarray) -> float:
     """The same from means and covariances."""
-    overlap = np.linalg.svd(_root(s1) @ _root(s2), compute_uv=False).sum()
-    return float(np.square(m1 - m2).sum() + np.trace(s1) + np.trace(s2) - 2 * overlap)
+    return frechet_of_factors(*factored_moments(m1, s1), *factored_moments(m2, s2))
 
 
 def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from core.checkpoint import newest
+from core.checkpoint import newest, numbers_of
 from core.errors import UserError
 from core.files import write_atomic
 from core.preflight import writable
@@ -78,7 +78,9 @@ def _go_on(recipe: Recipe, launch: Launch, folder: Path, run_name: str) -> Start
     if found is None and damaged and launch.resume != "auto":
         raise UserError(f"no checkpoint of {folder} is whole: {'; '.join(damaged)}; --overwrite starts the run afresh")
     theirs = read(found or folder)
-    refuse_other_recipe(recipe, theirs, found or folder, launch.allow)
+    # places of frozen parts are free where what is there can be held against a fingerprint (core/fingerprint.py)
+    places = numbers_of(found)["frozen"] if found else ()
+    refuse_other_recipe(recipe, theirs, found or folder, (*launch.allow, *places))
     for line in damaged:
         path = Path(line.partition(": ")[0])
         path.replace(path.with_name(f"damaged-{path.name}-{datetime.now():%Y%m%d-%H%M%S}"))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from core import checkpoint, manifest
 from core.build import load_frozen
 from core.distributed import Ranks
 from core.errors import UserError
+from core.fingerprint import Prints, changed, noted
 from core.outputs import find_run, whole_checkpoint
 from core.recipe_file import FILE_NAME, read
 from core.slots import FrameVAE, Recipe, Slot
@@ -189,6 +190,14 @@ def load_trained(system: System, found: Path, here: Ranks, averaged: bool) -> bo
     if averaged:
         checkpoint.load(found, {f"ema.{name}": p.detach() for name, p in system.trained.named_parameters()}, here)
     return averaged
+
+
+def swapped(source: Source, found: Prints) -> Iterator[str]:
+    """What a person should know of frozen parts that are not those of the checkpoint any more."""
+    kept = source.run / "export" if source.run else Path()
+    advice = f"; {kept} holds what the run had" if source.run and kept.is_dir() else ""
+    for _, line in changed(noted(source.checkpoint), found) if source.checkpoint else ():
+        yield f"{line}, so these samples may be wrong{advice}"
 
 
 def weights_hash(source: Source) -> str | None:

@@ -45,6 +45,7 @@ def save(saver: Saver, recipe: Recipe, built: Built, here: Ranks, state: State, 
         "optimizer_steps": checkpoint.optimizer_steps(built.system.trained, built.optimizer),
         "threads": torch.get_num_threads(),
         "world": here.world,
+        "frozen": built.frozen,
         "window": vars(state.window) | {"sums": dict(state.window.sums)},
     }
     saver.save(checkpoint.tensors(built.system.trained, built.optimizer, built.ema), numbers, dump(recipe), about)

@@ -151,17 +151,8 @@ def _parse(verb: str, what: str = "", *flags: str) -> None:
     from core.cli import parse
     from core.slots import Launch
     from core.verbs.data import read as read_data
-    from core.verbs.flags import (
-        DoctorFlags,
-        EvalFlags,
-        ExportFlags,
-        ImportFlags,
-        MeasureFlags,
-        SampleFlags,
-        StoreFlags,
-        UiFlags,
-        VerbFlags,
-    )
+    from core.verbs.flags import DoctorFlags, EvalFlags, MeasureFlags, SampleFlags, StoreFlags, UiFlags
+    from core.verbs.weights_words import read as read_weights
     from registry import get
 
     match verb:
@@ -178,9 +169,7 @@ def _parse(verb: str, what: str = "", *flags: str) -> None:
         case "measure-latents":
             parse(flags, get(what), MeasureFlags())
         case "weights":
-            kinds = {"info": VerbFlags, "import": ImportFlags, "export": ExportFlags}
-            words = [{"--as": "--component", "--for": "--recipe"}.get(word, word) for word in flags[1:]]
-            (given,) = parse([word for word in words if (what, word) != ("info", "--json")], kinds[what]())
+            *_, given = read_weights([what, *flags])
             assert not getattr(given, "recipe", None) or get(given.recipe)
         case "data":
             read_data([what, *flags])

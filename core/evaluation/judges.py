@@ -76,7 +76,7 @@ class Measured:
         return Measured(
             np.concatenate([part.features for part in filled]),
             np.concatenate([part.clip for part in filled]),
-            np.sum(totals, axis=0),
+            np.sum(totals, axis=0) if totals else None,
         )
 
     @property
@@ -88,14 +88,15 @@ Score = Callable[[Tensor, Sequence[str]], Tensor]
 
 
 @torch.no_grad()
-def measure(batches: Iterable[Batch], by: Features, score: Score | None, device: torch.device) -> Measured:
-    """Measure a set, batch by batch."""
+def measure(batches: Iterable[Batch], by: Features | None, score: Score | None, device: torch.device) -> Measured:
+    """Measure a set, batch by batch, by features or score or both."""
     found: list[np.ndarray] = []
     scores: list[np.ndarray] = []
     total: np.ndarray | None = None
     for clips, captions in batches:
         here = clips.to(device)
-        found.append(by.of(here))
+        if by is not None:
+            found.append(by.of(here))
         if score is not None:
             scores.append(_array(score(here, captions)))
         added = ((clips.double() + 1) * 127.5).sum(0).numpy()

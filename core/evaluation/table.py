@@ -12,22 +12,24 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from core.evaluation.judges import Features, Measured
-from core.metrics import frechet_of_moments, kernel_distance, moments, standard_distance
+from core.metrics import factored, frechet_distance, frechet_of_factors, kernel_distance, standard_distance
 
 Row = dict[str, Any]
 TABLE, PLOT = "scores.csv", "guidance.png"
 
 
 def distances(found: Measured, real: Measured | None, given: Any, by: Features) -> dict[str, float]:
-    """Fréchet and kernel distance to the real set, or the first alone to the statistics `given`, (mu, sigma)."""
+    """Fréchet and kernel distance to the real set, or the first alone to what is `given` of one, its mean and a factor
+    of its covariance.
+    """
     if given is not None:
-        return {by.distance: frechet_of_moments(*moments(found.features), *given)}
+        return {by.distance: frechet_of_factors(*factored(found.features), *given)}
     if real is None:
         return {}
     a, b = found.features, real.features
     if by.standardised:
         return {by.distance: standard_distance(a, b), by.kernel: kernel_distance(a, b)}
-    return {by.distance: frechet_of_moments(*moments(a), *moments(b)), by.kernel: kernel_distance(a, b)}
+    return {by.distance: frechet_distance(a, b), by.kernel: kernel_distance(a, b)}
 
 
 def clip_mean(found: Measured) -> dict[str, float]:
@@ -57,12 +59,21 @@ def _text(value: Any) -> str:
 
 
 def write_plot(file: Path, rows: Sequence[Row], distance: str) -> bool:
+    """Write `plot`. Returns whether there was anything to plot."""
+    figure = plot(rows, distance)
+    if figure is not None:
+        figure.savefig(file, dpi=120)
+    return figure is not None
+
+
+def plot(rows: Sequence[Row], distance: str) -> Figure | None:
     """Distance against CLIP score, a point a guidance scale; against guidance itself where there is no CLIP. Baselines
-    are lines. Returns whether there was anything to plot.
+    are lines.
     """
     guided = [row for row in rows if row["guidance"] is not None and distance in row]
+    guided.sort(key=lambda row: float(row["guidance"]))
     if not guided:
-        return False
+        return None
     across = "clip" if all("clip" in row for row in guided) else "guidance"
     figure = Figure(figsize=(6, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -77,5 +88,4 @@ def write_plot(file: Path, rows: Sequence[Row], distance: str) -> bool:
             axes.annotate(row["set"], (0.01, row[distance]), xycoords=("axes fraction", "data"), fontsize=8)
     axes.set_xlabel("CLIP score" if across == "clip" else "guidance scale")
     axes.set_ylabel(distance.upper())
-    figure.savefig(file, dpi=120)
-    return True
+    return figure

@@ -151,6 +151,11 @@ class LDMBertEncoder(ModelMixin, ConfigMixin):
         )["input_ids"]
         return ids.to(device, non_blocking=True)  # type: ignore[no-any-return]
 
+    def lost_tokens(self, caption: str) -> int:
+        """Tokens of a caption that `tokens` cuts off."""
+        assert self.tokenizer is not None
+        return max(len(self.tokenizer(caption, verbose=False)["input_ids"]) - self.config.max_position_embeddings, 0)
+
     def forward(self, captions: Sequence[str] | Tensor) -> Tensor:
         return self.model(captions if isinstance(captions, Tensor) else self.tokens(captions))
 

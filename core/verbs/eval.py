@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -21,7 +22,8 @@ from core.evaluation.statistics import read_statistics, write_statistics
 from core.evaluation.table import PLOT, TABLE, Row, clip_mean, distances, shown, write_plot, write_table
 from core.generation import Generator, Pace, from_first, peers, sampler_of, say
 from core.loader import batches
-from core.metrics import moments
+from core.media import to_uint8
+from core.metrics import factored_moments, moments, trivial_clips
 from core.requests import Request, wanted
 from core.sample_log import log_to_run
 from core.slots import Sampler
@@ -33,8 +35,10 @@ from core.verbs.printing import columns
 
 HELD_OUT = 256
 """Captions of the held-out data that are taken where no number is said."""
-MADE, REAL, MEAN = "guidance", "second real sample", "mean picture"
-BESIDE = {"real": REAL, "mean_clip": MEAN, "shuffled": "shuffled captions"}
+MADE, REAL = "guidance", "second real sample"
+TRIVIAL = {"frozen": "frozen first frame", "shuffled": "shuffled frames"}
+"""Rows of what real clips score that do not move, or in no order."""
+BESIDE = {"real": REAL, "shuffled": "shuffled captions"}
 """Rows of what the recipe's metric gives beside the score."""
 
 
@@ -49,7 +53,7 @@ class Evaluation:
     requests: list[Request]
     scales: tuple[float, ...]
     data: Any
-    """Held-out data; None where they are not needed."""
+    """The real ones; None where they are not needed."""
     by: Features
     score: Score | None
 
@@ -61,6 +65,15 @@ class Evaluation:
     def still(self) -> bool:
         return self.maker.clip[0] == 1
 
+    @property
+    def things(self) -> str:
+        return "pictures" if self.still else "clips"
+
+    @property
+    def mean(self) -> str:
+        """Row of what one mean picture, or clip, for all captions scores."""
+        return f"mean {self.things[:-1]}"
+
     def share(self, items: Sequence[Any]) -> list[Any]:
         """This rank's."""
         return list(items[self.maker.rank :: self.maker.world])
@@ -70,12 +83,14 @@ def run(source: Source, flags: EvalFlags) -> Path:
     """Evaluate on the ranks that torchrun has started. Returns the folder of table and plot."""
     recipe = source.recipe
     sampling, sampler = asked(source, flags)
-    data = _held_out(flags, recipe)
+    data = _real_data(flags, recipe)
     requests = wanted(_captions(flags, recipe, data), 1)
     if len(requests) < 2:
         raise UserError(f"{len(requests)} captions: a distance needs at least 2")
     with peers() as at:
         maker = Generator.load(source, sampling, sampler, at)
+        for note in maker.made_by["notes"] if maker.rank == 0 else ():
+            say(note)
         by, score = _judges(flags, maker)
         out: Path = from_first(sampling.output_dir, maker.world)
         job = Evaluation(maker, out, flags, requests, _scales(source, flags), data, by, score)
@@ -89,8 +104,9 @@ def asked(source: Source, flags: EvalFlags) -> tuple[SampleFlags, Sampler]:
 
     It is at the largest scale, so that one that has no effect is refused.
     """
-    if flags.captions and not source.recipe.told:
-        raise UserError(f"--captions: {source.recipe.name} is told no text")
+    for flag, given in (("--captions", flags.captions), ("--clip", flags.clip)):
+        if given and not source.recipe.told:
+            raise UserError(f"{flag}: {source.recipe.name} is told no text")
     same = ("seed", "steps", "sampler", "raw", "batch_size", "device", "store")
     name = f"eval-{source.recipe.name}-{source.name}-seed-{flags.seed}"
     sampling = SampleFlags(
@@ -105,12 +121,12 @@ def _scales(source: Source, flags: EvalFlags) -> tuple[float, ...]:
     return flags.guidance_scale or (source.recipe.validation.sampler.guidance_scale,)
 
 
-def _held_out(flags: EvalFlags, recipe: Any) -> Any:
-    """The held-out data, unless captions and statistics of others stand for them and they are not there."""
+def _real_data(flags: EvalFlags, recipe: Any) -> Any:
+    """The data that are held against; None where captions and statistics of others stand for what is not there."""
     try:
-        return recipe.validation_data.build()
+        return (recipe.data if flags.real == "training" else recipe.validation_data).build()
     except UserError as error:
-        if flags.statistics is None or (recipe.told and flags.captions is None):
+        if flags.statistics is None or flags.write_statistics or (recipe.told and flags.captions is None):
             raise
         say(f"no real pictures beside the scores ({error})")
         return None
@@ -127,8 +143,6 @@ def _judges(flags: EvalFlags, maker: Generator) -> tuple[Features, Score | None]
     by = features(flags.inception, flags.i3d, maker.clip[0], maker.device)
     if flags.clip is None:
         return by, None
-    if not maker.source.recipe.told:
-        raise UserError(f"--clip: {maker.source.recipe.name} is told no text")
     from core.evaluation.clip_score import CLIPScore
 
     return by, CLIPScore(flags.clip).to(maker.device)
@@ -141,6 +155,7 @@ def _make(job: Evaluation) -> None:
     """Make what is not there yet, this rank's share of it."""
     maker, facts = job.maker, dict(job.maker.made_by)
     facts["sampler"] = {k: v for k, v in facts["sampler"].items() if k != "guidance_scale"}
+    facts["frozen"] = {k: {n: v for n, v in found.items() if n != "from"} for k, found in facts["frozen"].items()}
     _in_order(maker, lambda: begin(job.out, facts, job.flags.restart))
     items = [(scale, request) for scale in job.scales for request in job.requests]
     absent = [item for item in items if not place_of(job.out, *item, job.still).exists()]
@@ -148,7 +163,7 @@ def _make(job: Evaluation) -> None:
     if maker.rank == 0 and len(absent) < len(items):
         say(f"{len(items) - len(absent)} of {len(items)} are there already")
     mine, made = job.share(absent), 0
-    pace = Pace(len(mine), maker.rank == 0)
+    pace = Pace(len(mine), maker.rank == 0, f"{job.things} made")
     for scale in job.scales:
         here = [request for at, request in mine if at == scale]
         sampler = maker.sampler.but(guidance_scale=scale)
@@ -183,14 +198,29 @@ def _generated(job: Evaluation, scale: float, requests: Sequence[Request]) -> It
 
 
 def _real(job: Evaluation, keys: list[Any]) -> Iterator[Batch]:
+    """Rounded to whole levels, as what is generated is, and as published distances have it."""
     parts = [keys[i : i + job.size] for i in range(0, len(keys), job.size)]
     for batch in batches(job.data, parts, workers=0, pin=False):
-        yield batch["pixel_values"], batch.get("caption", [""] * len(batch["pixel_values"]))
+        clips = as_clips([*to_uint8(batch["pixel_values"])])
+        yield clips, batch.get("caption", [""] * len(clips))
 
 
-def _measured(job: Evaluation, found: Iterator[Batch]) -> Measured:
-    """All ranks' shares of a set together."""
-    mine = measure(found, job.by, job.score, job.maker.device)
+def _measured(job: Evaluation, name: str, items: Sequence[Any], found: Iterator[Batch]) -> Measured:
+    """All ranks' shares of a set together; `items` are this rank's."""
+    pace = Pace(len(items), job.maker.rank == 0, f"{job.things} measured ({name})")
+    return _joined(job, measure(_told(found, pace), job.by, job.score, job.maker.device))
+
+
+def _told(found: Iterator[Batch], pace: Pace) -> Iterator[Batch]:
+    """The same, with how far it is."""
+    done = 0
+    for batch in found:
+        yield batch
+        done += len(batch[0])
+        pace.say(done)
+
+
+def _joined(job: Evaluation, mine: Measured) -> Measured:
     parts: list[Any] = [mine]
     if job.maker.world > 1:
         parts = [None] * job.maker.world
@@ -203,19 +233,20 @@ def _measured(job: Evaluation, found: Iterator[Batch]) -> Measured:
 
 def _rows(job: Evaluation) -> list[Row]:
     """A row a guidance scale, then the baselines."""
-    count = len(job.requests)
+    mine = job.share(job.requests)
     sets: list[tuple[str, float | None, Measured]] = [
-        (f"{MADE} {scale:g}", scale, _measured(job, _generated(job, scale, job.share(job.requests))))
+        (name := f"{MADE} {scale:g}", scale, _measured(job, name, mine, _generated(job, scale, mine)))
         for scale in job.scales
     ]
     real = None
     if job.data is not None:
-        keys = fixed_keys(job.data, 2 * count)
+        keys = fixed_keys(job.data, 2 * len(job.requests))
         half = len(keys) // 2
-        real = _measured(job, _real(job, job.share(keys[:half])))
-        sets.append((REAL, None, _measured(job, _real(job, job.share(keys[half:])))))
-        sets.append((MEAN, None, _mean_picture(job, real, keys[:half])))
-    given = read_statistics(job.flags.statistics, sets[0][2].features.shape[1]) if job.flags.statistics else None
+        real = _measured(job, "real", job.share(keys[:half]), _real(job, job.share(keys[:half])))
+        sets += [(name, None, found) for name, found in _baselines(job, real, keys[:half], keys[half:])]
+    given = None
+    if job.flags.statistics:
+        given = factored_moments(*read_statistics(job.flags.statistics, sets[0][2].features.shape[1]))
     if job.flags.write_statistics and real is not None and job.maker.rank == 0:
         write_statistics(job.flags.write_statistics, *moments(real.features))
     rows: list[Row] = [
@@ -226,14 +257,29 @@ def _rows(job: Evaluation) -> list[Row]:
     return _with_attributes(job, rows) if job.maker.rank == 0 else rows
 
 
+def _baselines(
+    job: Evaluation, real: Measured, first: Sequence[Any], second: Sequence[Any]
+) -> Iterator[tuple[str, Measured]]:
+    """What needs no model, beside a second real sample."""
+    mine = job.share(second)
+    yield REAL, _measured(job, REAL, mine, _real(job, mine))
+    yield job.mean, _mean_picture(job, real, first)
+    for name, row in {} if job.still else TRIVIAL.items():
+        clips = ((trivial_clips(batch)[name], texts) for batch, texts in _real(job, mine))
+        yield row, _measured(job, row, mine, clips)
+
+
 def _mean_picture(job: Evaluation, real: Measured, keys: Sequence[Any]) -> Measured:
     """One picture, the mean of the real ones, for every caption of theirs."""
     assert real.total is not None
     mean = torch.from_numpy(real.total / real.count / 127.5 - 1).float()[None]
     mine = job.share(keys)
-    told = [""] * len(mine) if job.score is None else [text for _, part in _real(job, mine) for text in part]
-    parts = [told[i : i + job.size] for i in range(0, len(told), job.size)]
-    return _measured(job, ((mean.expand(len(part), -1, -1, -1, -1), part) for part in parts))
+    alone = measure([(mean, [""])], job.by, None, job.maker.device)  # all have its features
+    told = () if job.score is None else (texts for _, texts in _real(job, mine))
+    scored = measure(
+        ((mean.expand(len(texts), -1, -1, -1, -1), texts) for texts in told), None, job.score, job.maker.device
+    )
+    return _joined(job, Measured(np.repeat(alone.features, len(mine), 0), scored.clip, None))
 
 
 def _with_attributes(job: Evaluation, rows: list[Row]) -> list[Row]:
@@ -248,7 +294,7 @@ def _with_attributes(job: Evaluation, rows: list[Row]) -> list[Row]:
         made = torch.cat([clips for clips, _ in _generated(job, scale, job.requests)])
         for name, value in slot.build()(made, texts, real, told).items():
             attribute, _, which = name.partition("_score")
-            place = BESIDE[which[1:]] if which else f"{MADE} {scale:g}"
+            place = ({"mean_clip": job.mean} | BESIDE)[which[1:]] if which else f"{MADE} {scale:g}"
             named.setdefault(place, {"set": place, "guidance": None})[attribute] = value
     return list(named.values())
 

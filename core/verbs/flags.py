@@ -68,7 +68,7 @@ class SampleFlags(VerbFlags):
     batch_size: int | None = None
     """Clips made at a time. None: as in the recipe's validation."""
     formats: tuple[Literal["mp4", "gif", "png"], ...] = ("mp4", "gif", "png")
-    """Files of each clip and of the grid; png is a strip of frames."""
+    """Files of each clip and of the grid; png is a strip of frames. A picture is a png."""
     output_dir: Path | None = None
     """Where the clips go. Default: a new folder in samples/ of the run, or of the working directory."""
     log: bool = True
@@ -108,10 +108,12 @@ class EvalFlags(VerbFlags):
     """Local I3D weights, a state dict: FVD and KVD of clips."""
     clip: Path | None = None
     """Local CLIP folder of transformers: the CLIP score."""
+    real: Literal["held_out", "training"] = "held_out"
+    """The recipe's data that are held against: training is what published FVD is over."""
     statistics: Path | None = None
-    """An npz with mu and sigma of the real set's features, instead of the held-out data."""
+    """An npz with mu and sigma of the real set's features, instead of the recipe's data."""
     write_statistics: Path | None = None
-    """Write mu and sigma of the held-out data's features to this npz."""
+    """Write mu and sigma of the real set's features to this npz."""
     seed: int = 0
     """Seed of the noise."""
     steps: int | None = None
@@ -154,8 +156,9 @@ class EvalFlags(VerbFlags):
             self.refuse("guidance_scale", "names a scale twice")
         if self.inception and self.i3d:
             self.refuse("i3d", "give --inception (pictures) or --i3d (clips), not both")
-        if self.statistics and not (self.inception or self.i3d):
-            self.refuse("statistics", "they are of a network's features: give --inception or --i3d")
+        for name in ("statistics", "write_statistics"):
+            if getattr(self, name) and not (self.inception or self.i3d):
+                self.refuse(name, "they are of a network's features: give --inception or --i3d")
 
 
 class MeasureFlags(VerbFlags):
@@ -208,6 +211,13 @@ class UiFlags(StoreFlags):
     def check(self) -> None:
         if not 0 < self.port < 65536:
             self.refuse("port", "must be between 1 and 65535")
+
+
+class InfoFlags(VerbFlags):
+    """Flags of `weights info`."""
+
+    json: bool = False
+    """Print it as json."""
 
 
 class ImportFlags(VerbFlags):

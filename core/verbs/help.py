@@ -70,7 +70,7 @@ VERBS = {
         "WHAT [--captions FILE] [--guidance-scale S …] [--inception FILE | --i3d FILE] [--clip DIR] [flags]",
         "what to evaluate: a run, a checkpoint folder, an exported folder, or a recipe with --weights",
         "Generate for captions at several guidance scales and score: distance to held-out data, CLIP score, the\n"
-        "recipe's own metric, beside a second real sample and a mean picture. Table (csv) and plot go to the run.\n"
+        "recipe's own metric, beside a second real sample and what needs no model. Table and plot go to the run.\n"
         "A caption has the same noise at every scale. An evaluation that was stopped goes on where it was. Without\n"
         "--inception or --i3d distances are over hand-made features, to be compared within this project only.",
         "python -m registry eval runs/first --captions captions.txt --guidance-scale 1 3 5 7",

@@ -61,6 +61,9 @@ def run(source: Source, flags: SampleFlags) -> Path:
 
 def asked(source: Source, flags: SampleFlags) -> tuple[list[str], Sampler]:
     """The prompts and the sampler: all that can be wrong before anything is loaded. Raises UserError."""
+    frames = flags.frames or source.recipe.data.clip_shape()[0]
+    if frames == 1 and "png" not in flags.formats:
+        raise UserError(f"--formats {' '.join(flags.formats)}: {source.recipe.name} makes pictures, which are png")
     return _texts(flags, source.recipe), sampler_of(flags, source.recipe)
 
 

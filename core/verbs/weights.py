@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import nn
 from core.build import load_frozen
 from core.distributed import Ranks
 from core.errors import UserError
+from core.fingerprint import changed, noted, prints
 from core.outputs import checkpoint_of, find_run
 from core.recipe_file import FILE_NAME, dump, read
 from core.slots import Recipe
@@ -176,6 +178,8 @@ def export(where: str, *, to: Path | None, raw: bool, store: str | None) -> int:
     here = Ranks(torch.device("cpu"), 0, 1, None)
     system = recipe.system.build()
     load_frozen(recipe, system)
+    for _, line in changed(noted(found), prints(recipe, system)):
+        print(f"note: {line}; the export holds the new ones", file=sys.stderr)
     wanted = recipe.optim.ema is not None and not raw and averaged is not False
     load_trained(system, found, here, averaged=wanted)
     system.export(to, {name: module.state_dict() for name, module in system.trained.items()})

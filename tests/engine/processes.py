@@ -2,11 +2,12 @@
 
 import multiprocessing
 import os
-import socket
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from core.slots import Launch, Recipe
+from tests.tracking.servers import free_port
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["core.train", "registry", "mlflow", "mlflow.tracking", "data.frames"])
@@ -20,26 +21,42 @@ def start(recipe: Recipe, said: Path, threads: int = 1, rank: int = 0, world: in
 
 
 def _train(recipe: Recipe, said: Path, threads: int, rank: int, world: int, port: int, launch: dict) -> None:
-    import torch
-
     from core.train import train
 
-    with said.open("a") as file:
-        os.dup2(file.fileno(), sys.stderr.fileno())
-    if world > 1:  # what torchrun puts into the environment
-        here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in here.items()})
-    torch.set_num_threads(threads)
+    begin(said, threads, rank, world, port)
     result = train(recipe, Launch(device="cpu", **launch))
     sys.exit(128 + result.asked.signal if result.asked.signal else 0)
 
 
+def begin(said: Path, threads: int, rank: int, world: int, port: int) -> None:
+    """Threads and output of a process, and what torchrun puts into its environment."""
+    import torch
+
+    with said.open("a") as file:
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    if world > 1:
+        here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in here.items()})
+    torch.set_num_threads(threads)
+
+
+def start_words(words: Sequence[str], said: Path, rank: int = 0, world: int = 1, port: int = 0):
+    """Start one process of `python -m registry WORDS`; its stderr is appended to `said`."""
+    process = SERVER.Process(target=_do, args=(list(words), said, rank, world, port))
+    process.start()
+    return process
+
+
+def _do(words: list[str], said: Path, rank: int, world: int, port: int) -> None:
+    from registry import main
+
+    begin(said, 1, rank, world, port)
+    sys.exit(main(words))
+
+
 def run_ranks(recipe: Recipe, world: int, out: Path, store: str, timeout: float = 200.0, **launch) -> Path:
     """Train on `world` gloo processes to the end; returns `out`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    said = out.with_suffix(".stderr")
+    port, said = free_port(), out.with_suffix(".stderr")
     ranks = [
         start(recipe, said, rank=rank, world=world, port=port, output_dir=out, store=store, **launch)
         for rank in range(world)

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -10,36 +11,40 @@ import torch
 from mlflow import MlflowClient
 from PIL import Image
 
-from core.build import load_frozen
+import core.sample_log
 from core.errors import UserError
+from core.evaluation.clip_score import CLIPScore
+from core.evaluation.inception import Inception
 from core.evaluation.items import captions_in, read_item
-from core.recipe_file import dump
-from core.run_facts import write_facts
+from core.evaluation.judges import as_clips
+from core.evaluation.table import plot
+from core.generation import Pace
+from core.media import to_uint8
+from core.metrics import frechet_distance
+from core.recipe_file import read
+from core.requests import slug
+from core.run_facts import run_facts, write_facts
+from core.validate import real_clips
+from core.verbs.eval import TRIVIAL
+from core.verbs.sync import sync
 from registry import get, main
-from tests.engine.running import registry, short
+from tests.engine.processes import start_words
+from tests.engine.running import awake, run_here, short
+from tests.evaluation.judges import write_clip, write_i3d, write_inception
+from tests.tracking.servers import deaf, free_port
 
-NAME = "lvdm-text2video-tiny"
+NAME = "ldm-laion400m-tiny"
 WORDS = ("--steps", "2", "--device", "cpu", "--num", "2")
 
 
 @pytest.fixture(scope="module")
 def run(sky, _migrated_store, tmp_path_factory):
-    """The export of a run on pictures, with weights at which guidance shows: its folder, MLflow run and store."""
+    """The export of a run of pictures, with weights at which guidance shows: its folder, MLflow run and store."""
     folder = tmp_path_factory.mktemp("evaluated")
     store = f"sqlite:///{folder}/mlflow.db"
     (folder / "mlflow.db").write_bytes(_migrated_store.read_bytes())
-    client = MlflowClient(tracking_uri=store)
-    made = client.create_run(client.create_experiment("pictures", artifact_location=str(folder / "artifacts")))
-    write_facts(folder, {"run_id": made.info.run_id, "store": store})
-    recipe = short(NAME, sky, "--data.num-frames 1")
-    torch.manual_seed(0)
-    system = recipe.system.build()
-    load_frozen(recipe, system)
-    for values in system.trained.parameters():
-        values.data += 0.05 * torch.randn(values.shape)  # the last layer begins at zero
-    system.export(folder / "export", {name: module.state_dict() for name, module in system.trained.items()})
-    (folder / "export" / "recipe.json").write_text(dump(recipe))
-    return folder / "export", made.info.run_id, store
+    done = run_here(short(NAME, sky, "--max-steps 1 --global-batch 2"), folder / "run", store)
+    return awake(folder / "run" / "export"), done.run_id, store
 
 
 @pytest.fixture
@@ -53,8 +58,13 @@ def evaluate(run, *words, out):
     """The rows of the table and the folder of the set. The verb as the command line calls it, in this process."""
     code = main(["eval", str(run[0]), *WORDS, "--output-dir", str(out), *map(str, words)])
     assert code == 0
-    with (out / "scores" / "scores.csv").open(newline="") as file:
-        return {row["set"]: row for row in csv.DictReader(file)}
+    return table(out)
+
+
+def held_out(run, count):
+    """The first pictures of the held-out data as they are judged, (N, 3, 1, H, W)."""
+    recipe = read(run[0])
+    return as_clips([*to_uint8(real_clips(recipe.validation_data.build(), count))])
 
 
 def pictures(out, scale):
@@ -95,16 +105,25 @@ def test_what_is_there_is_not_made_again_and_another_seed_is_refused_until_resta
     assert kept.stat().st_mtime_ns != stamp
 
 
+def table(out):
+    with (out / "scores" / "scores.csv").open(newline="") as file:
+        return {row["set"]: row for row in csv.DictReader(file)}
+
+
 def test_two_processes_share_the_work_and_end_with_the_same_table(run, captions, tmp_path):
-    words = ("--captions", str(captions), "--guidance-scale", "1", "3", "--no-log")
+    words = ["--captions", str(captions), "--guidance-scale", "1", "3", "--no-log"]
     rows = evaluate(run, *words, out=tmp_path / "one")
     shutil.copytree(tmp_path / "one" / "guidance-1", tmp_path / "two" / "guidance-1")
     shutil.copy(tmp_path / "one" / "made-by.json", tmp_path / "two")
-    done = registry("eval", str(run[0]), *WORDS, *words, "--nproc", "2", "--output-dir", "two", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "2 of 4 are there already" in done.stderr
-    with (tmp_path / "two" / "scores" / "scores.csv").open(newline="") as file:
-        both = {row["set"]: row for row in csv.DictReader(file)}
+    words, port = ["eval", str(run[0]), *WORDS, *words, "--output-dir", str(tmp_path / "two")], free_port()
+    ranks = [start_words(words, tmp_path / "said", rank, 2, port) for rank in range(2)]
+    for rank in ranks:
+        rank.join(200)
+        rank.kill()
+    said = (tmp_path / "said").read_text()
+    assert [rank.exitcode for rank in ranks] == [0, 0], said[-2000:]
+    assert said.count("2 of 4 are there already") == 1
+    both = table(tmp_path / "two")
     assert both.keys() == rows.keys()
     for name, row in rows.items():
         assert both[name]["count"] == row["count"]
@@ -112,8 +131,35 @@ def test_two_processes_share_the_work_and_end_with_the_same_table(run, captions,
             assert float(both[name]["frechet"]) == pytest.approx(float(row["frechet"]), rel=1e-2, abs=1e-6)
 
 
-def test_the_captions_of_the_held_out_data_are_taken_where_none_are_given(run, tmp_path):
-    rows = evaluate(run, "--no-log", out=tmp_path / "set")
+def test_an_evaluation_that_was_killed_goes_on_with_what_is_there(run, tmp_path):
+    (tmp_path / "c.txt").write_text("".join(f"a red disc {n}\n" for n in range(16)))
+    out = tmp_path / "set"
+    words = [*WORDS[:4], "--captions", tmp_path / "c.txt", "--guidance-scale", "2", "--no-log", "--output-dir", out]
+    words = ["eval", str(run[0]), *map(str, words)]
+    process = start_words([*words, "--batch-size", "1"], tmp_path / "said")
+    until = time.monotonic() + 120
+    while len(whole(out)) < 2 and process.is_alive() and time.monotonic() < until:
+        time.sleep(0.005)
+    process.kill()
+    process.join()
+    there = whole(out)
+    assert 2 <= len(there) < 16 and not (out / "scores").exists()
+    assert main([*words, "--batch-size", "8"]) == 0
+    assert len(whole(out)) == 16 and there.items() <= whole(out).items()
+    assert table(out)["guidance 2"]["count"] == "16" and not list(out.rglob(".partial-*"))
+
+
+def whole(out):
+    """Pictures that are there under their own name, and since when."""
+    return {path.name: path.stat().st_mtime_ns for path in out.glob("guidance-2/a-*.png")}
+
+
+def test_the_captions_of_the_held_out_data_are_taken_where_none_are_given(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Pace, "PAUSE", 0.0)
+    rows = evaluate(run, "--no-log", "--batch-size", 1, out=tmp_path / "set")
+    said = capsys.readouterr().err
+    for what in ("made", "measured (guidance 3)", "measured (real)", "measured (second real sample)"):
+        assert f"1 of 2 pictures {what}, 0.0 min left" in said
     assert next(iter(rows)) == f"guidance {get(NAME).validation.sampler.guidance_scale:g}"
     assert float(rows["second real sample"]["colour"]) == 1.0  # real pictures of real captions
     facts = json.loads((tmp_path / "set" / "made-by.json").read_text())
@@ -158,3 +204,94 @@ def test_a_damaged_item_is_named(run, captions, tmp_path, capsys):
     words = ["--captions", str(captions), "--guidance-scale", "1", "--no-log"]
     assert main(["eval", str(run[0]), *WORDS, "--output-dir", str(out), *words]) == 2
     assert f"{item.name}: damaged" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------ where it is told
+
+
+def artifacts(store, run_id, folder):
+    return {f.path for f in MlflowClient(tracking_uri=store).list_artifacts(run_id, folder)}
+
+
+def test_by_default_the_set_is_in_the_run_and_its_scores_go_through_the_journal_to_mlflow(run, captions, capsys):
+    export, run_id, store = run
+    assert main(["eval", str(export), *WORDS, "--captions", str(captions), "--seed", "7"]) == 0
+    folder = export.parent / "samples" / f"eval-{NAME}-export-seed-7"
+    assert capsys.readouterr().out.splitlines()[-1] == str(folder / "scores")
+    place = f"eval/{folder.name}"
+    assert artifacts(store, run_id, place) == {f"{place}/scores.csv", f"{place}/guidance.png"}
+    assert place in (export.parent / "journal.jsonl").read_text()
+
+
+def test_a_store_that_is_down_costs_one_note_and_sync_brings_the_scores(run, captions, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(core.sample_log, "WAIT", 0.5)
+    copied = shutil.copytree(run[0].parent, tmp_path / "copied")
+    with deaf() as uri:
+        write_facts(copied, run_facts(copied) | {"store": uri})
+        assert main(["eval", str(copied / "export"), *WORDS, "--captions", str(captions), "--seed", "8"]) == 0
+    said = capsys.readouterr().err
+    assert said.count("MLflow did not take them") == 1 and f"later: python -m registry sync {copied}" in said
+    assert "Traceback" not in said
+    place = f"eval/eval-{NAME}-export-seed-8"
+    assert not artifacts(run[2], run[1], place)
+    assert sync(str(copied), run[2]) == 0
+    assert artifacts(run[2], run[1], place) == {f"{place}/scores.csv", f"{place}/guidance.png"}
+
+
+# ------------------------------------------------------------------------------------------------- networks that judge
+
+
+def test_fid_and_clip_score_are_those_of_the_pictures_and_statistics_take_the_place_of_real_ones(
+    run, captions, tmp_path
+):
+    inception, clip, out = write_inception(tmp_path / "i.pth"), write_clip(tmp_path / "clip"), tmp_path / "set"
+    words = ["--captions", captions, "--no-log", "--inception", inception, "--guidance-scale", "9", "1"]
+    rows = evaluate(run, *words, "--clip", clip, "--write-statistics", tmp_path / "real.npz", out=out)
+    net, score = Inception(inception), CLIPScore(clip)
+    with torch.no_grad():
+        theirs = net(held_out(run, 2)[:, :, 0]).double().numpy()
+        for scale in ("1", "9"):
+            made = as_clips([frames[None] for frames in pictures(out, scale).values()])
+            ours = net(made[:, :, 0]).double().numpy()
+            assert float(rows[f"guidance {scale}"]["fid"]) == pytest.approx(frechet_distance(ours, theirs), rel=1e-3)
+            texts = [
+                text for name in pictures(out, scale) for text in captions_in(captions) if name.startswith(slug(text))
+            ]
+            assert float(rows[f"guidance {scale}"]["clip"]) == pytest.approx(score(made, texts).mean().item(), abs=1e-3)
+    assert all(row["fid"] and row["kid"] and row["clip"] for row in rows.values() if row["set"] != "shuffled captions")
+    given = evaluate(run, *words[:-2], "1", "--statistics", tmp_path / "real.npz", out=out)
+    assert float(given["guidance 1"]["fid"]) == pytest.approx(float(rows["guidance 1"]["fid"]))
+    assert "kid" not in given["guidance 1"] and "clip" not in given["guidance 1"]
+
+
+def test_the_plot_is_distance_over_clip_score_in_the_order_of_guidance_with_baselines_as_lines():
+    rows = [
+        {"set": "guidance 7", "guidance": 7.0, "fid": 3.0, "clip": 25.0},
+        {"set": "guidance 1", "guidance": 1.0, "fid": 9.0, "clip": 20.0},
+        {"set": "second real sample", "guidance": None, "fid": 2.0, "clip": 30.0},
+    ]
+    (axes,) = plot(rows, "fid").axes
+    curve, baseline = axes.lines
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("CLIP score", "FID")
+    assert curve.get_xydata().tolist() == [[20.0, 9.0], [25.0, 3.0]] and set(baseline.get_ydata()) == {2.0}
+    assert {text.get_text() for text in axes.texts} == {"1", "7", "second real sample"}
+    (axes,) = plot([{k: v for k, v in row.items() if k != "clip"} for row in rows], "fid").axes
+    assert axes.get_xlabel() == "guidance scale" and axes.lines[0].get_xdata().tolist() == [1.0, 7.0]
+    assert plot([{"set": "guidance 1", "guidance": 1.0}], "fid") is None
+
+
+@pytest.mark.parametrize("judged", [True, False], ids=["i3d", "by hand"])
+def test_clips_of_a_recipe_that_is_told_nothing_are_scored_beside_what_does_not_move(sky, tmp_path, judged, capsys):
+    words = ["--i3d", str(write_i3d(tmp_path / "i3d.pt"))] if judged else []
+    where = f"lvdm-short-sky-tiny --data-root {sky} --data.num-frames 12"
+    out = tmp_path / "set"
+    assert main(["eval", where, *WORDS, *words, "--output-dir", str(out)]) == 0
+    rows, names = table(out), ("fvd", "kvd") if judged else ("frechet", "kernel")
+    assert list(rows) == ["guidance 1", "second real sample", "mean clip", *TRIVIAL.values()]
+    assert all(row.keys() == {"set", "guidance", "count", *names} for row in rows.values())
+    values = {name: [float(row[n]) for n in names] for name, row in rows.items()}
+    assert np.isfinite(list(values.values())).all()
+    assert len({value for value, _ in values.values()}) == 5  # each is another set
+    assert sorted(p.suffix for p in (out / "guidance-1").iterdir()) == [".npy", ".npy"]
+    assert read_item(next((out / "guidance-1").iterdir())).shape == (12, 64, 64, 3)
+    assert "has fresh weights" in capsys.readouterr().err

@@ -1,14 +1,17 @@
 """LDM from launch to a folder that stock diffusers opens: two networks learn, are averaged, exported, sampled, taken up again."""
 
+import io
 import json
+import os
 import shutil
+import sys
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, LDMTextToImagePipeline
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from core.checkpoint import checkpoints
 from core.draw import Draw
@@ -20,6 +23,7 @@ from core.verbs.weights import export
 from core.weights.importer import import_weights
 from core.weights.stored import open_stored
 from registry import get
+from tests.engine.running import awake as awake_export
 from tests.engine.running import run_here, short
 
 NAME = "ldm-laion400m-tiny"
@@ -38,20 +42,7 @@ def run(sky, _migrated_store, tmp_path_factory):
 @pytest.fixture(scope="module")
 def awake(run, tmp_path_factory):
     """The export with a text that shows: after few updates the layers behind cross-attention are still next to zero."""
-    return _awake(shutil.copytree(run / "export", tmp_path_factory.mktemp("awake") / "export"))
-
-
-def _awake(folder):
-    scales = {"attn2.to_": 8.0, "proj_out.": 1.0, "conv_out.": 1.0, "embed_tokens.": 8.0}
-    noise = torch.Generator().manual_seed(0)
-    for path in (folder / "unet" / "diffusion_pytorch_model.safetensors", folder / "bert" / "model.safetensors"):
-        state = load_file(path)
-        for name, tensor in state.items():
-            scale = next((scale for part, scale in scales.items() if part in name and tensor.dim() > 1), None)
-            if scale is not None:
-                state[name] = scale * torch.randn(tensor.shape, generator=noise) / tensor[0].numel() ** 0.5
-        save_file(state, path, metadata={"format": "pt"})
-    return folder
+    return awake_export(shutil.copytree(run / "export", tmp_path_factory.mktemp("awake") / "export"))
 
 
 def _of_checkpoint(run, kind, part):
@@ -125,6 +116,57 @@ def test_a_run_starts_from_an_export_with_both_networks(run, sky, tmp_path, stor
     for part in ("unet", "text_encoder"):
         before, after = _of_checkpoint(run, "ema", part), _of_checkpoint(again, "weights", part)
         assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
+
+
+def _read(path):
+    with Image.open(path) as picture:
+        return np.asarray(picture).astype(int)
+
+
+def _files(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def test_a_picture_is_a_png_as_large_as_it_was_made_and_a_film_of_it_is_refused(awake, tmp_path):
+    options = {"prompt": PROMPTS, "device": "cpu", "log": False, "steps": 1}
+    made = sample(str(awake), num=2, output_dir=tmp_path / "a", **options)
+    pictures = [f"a-red-cloud-00{n}.png" for n in (0, 1)] + [f"slowly-a-blue-cloud-goes-up-00{n}.png" for n in (2, 3)]
+    assert _files(made) == {*pictures, "sheet.png", "samples.json"}
+    assert {_read(made / name).shape for name in pictures} == {(64, 64, 3)}
+    assert _read(made / "sheet.png").size > sum(_read(made / name).size for name in pictures)  # all of them are on it
+    with pytest.raises(UserError, match=f"--formats mp4 gif: {NAME} makes pictures, which are png"):
+        sample(str(awake), formats=("mp4", "gif"), output_dir=tmp_path / "b", **options)
+    assert not (tmp_path / "b").exists()
+
+
+def test_prompts_that_are_typed_give_the_pictures_of_a_list(awake, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{PROMPTS[0]}\n\n{PROMPTS[1]}\n"))
+    typed = sample(str(awake), interactive=True, device="cpu", log=False, steps=2, output_dir=tmp_path / "typed")
+    files = ["a-red-cloud-000.png", "slowly-a-blue-cloud-goes-up-001.png"]
+    assert capsys.readouterr().out.splitlines() == [str(typed / name) for name in files]
+    listed = sample(str(awake), prompt=PROMPTS, device="cpu", log=False, steps=2, output_dir=tmp_path / "listed")
+    assert all(np.abs(_read(typed / name) - _read(listed / name)).max() <= 1 for name in files)
+    assert _files(typed) == _files(listed) == {*files, "sheet.png", "samples.json"}
+
+
+def test_pictures_that_a_kill_left_stay_and_the_rest_is_made(awake, tmp_path, capsys):
+    given = {"prompt": ["red"], "num": 18, "device": "cpu", "log": False, "steps": 1, "batch_size": 9}
+    given["output_dir"] = tmp_path / "s"
+    made = sample(str(awake), **given)
+    told, before = json.loads((made / "samples.json").read_text()), _read(made / "red-016.png")
+    (made / "samples.json").write_text(json.dumps(told | {"complete": False}))  # as it is until the last
+    (made / "red-016.png").unlink()
+    os.utime(made / "red-017.png", (1, 1))
+    assert sample(str(awake), **given) == made
+    assert "goes on in" in capsys.readouterr().err and (made / "red-017.png").stat().st_mtime == 1
+    assert np.abs(_read(made / "red-016.png") - before).max() <= 1
+    assert json.loads((made / "samples.json").read_text()) == told
+
+
+def test_a_caption_longer_than_the_text_encoder_is_sampled_and_its_rest_is_counted(awake, tmp_path, capsys):
+    long = " ".join(["red"] * 80)  # 82 tokens with the two marks
+    sample(str(awake), prompt=[long], device="cpu", log=False, steps=1, output_dir=tmp_path / "s")
+    assert "the text encoder does not read the last 5 tokens of 'red red" in capsys.readouterr().err
 
 
 def test_samples_of_pictures_are_pictures(run):

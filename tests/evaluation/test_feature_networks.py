@@ -1,25 +1,21 @@
 """Networks that published scores use, from local files that the tests make: real layouts, random weights."""
 
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch.nn import functional
-from torchvision.models import inception_v3
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+from transformers import CLIPImageProcessor
 
-import core.weights
 from core.errors import UserError
 from core.evaluation.clip_score import CLIPScore
 from core.evaluation.i3d import I3D, Network, preprocess
 from core.evaluation.inception import Inception, PooledApart
 from core.evaluation.statistics import read_statistics, write_statistics
 from core.metrics import frechet_distance, frechet_of_moments, kernel_distance, moments
-
-SHIPPED = Path(core.weights.__file__).parent / "shipped" / "clip-text-tiny"
+from tests.evaluation.judges import torchvision_net, write_clip, write_i3d
 
 
 def frames(n=2, side=48):
@@ -29,10 +25,9 @@ def frames(n=2, side=48):
 # ------------------------------------------------------------------------------------------------------------ Inception
 
 
-@pytest.fixture(scope="module")
-def torchvision_net():
-    torch.manual_seed(0)
-    return inception_v3(weights=None, aux_logits=True, init_weights=False, transform_input=False).eval()
+@pytest.fixture(scope="module", name="torchvision_net")
+def _torchvision_net():
+    return torchvision_net()
 
 
 def test_torchvision_s_file_gives_the_2048_numbers_before_its_classes(torchvision_net, tmp_path):
@@ -85,10 +80,9 @@ def test_the_sheet_s_ramp_is_prepared_as_published():
 
 
 def test_a_clip_has_400_numbers_and_the_published_size(tmp_path):
-    torch.manual_seed(0)
     net = Network().eval()
+    net.load_state_dict(torch.load(write_i3d(tmp_path / "rgb.pt"), weights_only=True))
     assert sum(p.numel() for p in net.parameters()) == 12_697_264
-    torch.save(net.state_dict(), tmp_path / "rgb.pt")
     clip = frames(9, 32).transpose(0, 1)[None]  # (1, 3, 9, 32, 32)
     with torch.no_grad():
         found = I3D(tmp_path / "rgb.pt")(clip)
@@ -101,22 +95,7 @@ def test_a_clip_has_400_numbers_and_the_published_size(tmp_path):
 
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory):
-    """A full CLIP at tiny size with the shipped tokenizer, as transformers writes it."""
-    folder = tmp_path_factory.mktemp("clip")
-    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text = small | {"vocab_size": _vocabulary(), "max_position_embeddings": 77, "eos_token_id": _vocabulary() - 1}
-    vision = small | {"image_size": 32, "patch_size": 8}
-    torch.manual_seed(0)
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(folder)
-    for file in (SHIPPED / "tokenizer").iterdir():
-        shutil.copy(file, folder)
-    return folder
-
-
-def _vocabulary():
-    import json
-
-    return len(json.loads((SHIPPED / "tokenizer" / "vocab.json").read_text()))
+    return write_clip(tmp_path_factory.mktemp("clip"))
 
 
 def test_the_score_is_a_hundred_times_the_cosine_and_follows_the_caption(clip_folder):

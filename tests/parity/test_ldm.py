@@ -109,6 +109,16 @@ def test_the_old_names_of_paddlemix_come_through_too_with_zeros_for_the_head_the
     assert not stock.to_logits.weight.any()
 
 
+def test_a_whole_checkpoint_of_compvis_gives_all_three_networks(tmp_path):
+    state = {"betas": torch.zeros(1000)}  # among a dozen tables of the schedule
+    for name, prefix in {**PREFIXES, "ldm-vae-kl": "first_stage_model."}.items():
+        state |= {prefix + n: tensor for n, tensor in recorded(name).weights.items()}
+    torch.save({"state_dict": state, "global_step": 390_000}, tmp_path / "model.ckpt")
+    done = {d.component: d for d in import_weights(tmp_path / "model.ckpt", tmp_path / "out")}
+    assert {n: d.tensors for n, d in done.items()} == {"text_encoder": 32, "unet": 208, "vae": 124}
+    assert not any(any(d.wrong) for d in done.values())
+
+
 def test_a_pipeline_folder_gives_all_three_networks_and_its_tokenizer_whatever_its_folders_are_called(tmp_path):
     """As ppdiffusers and the hub's ldm-text2im-large-256 lay it out: vqvae, bert, unet, tokenizer."""
     published = tmp_path / "published"

@@ -66,3 +66,12 @@ def test_the_recipe_has_the_value_of_the_old_commands_wherever_a_row_names_a_fie
         "num_workers",
         "model_max_length",
     } <= compared.keys()
+
+
+def test_the_page_s_memory_is_what_is_planned():
+    from core.plan import plan
+
+    table = PAGE.read_text().partition("## Memory")[2].partition("| | `ldm-laion400m`")[2].partition("\n\n")[0]
+    said = [float(line.split("|")[2]) for line in table.splitlines()[2:]]
+    planned = list(plan(get("ldm-laion400m")).memory.values())
+    assert said == [round(value / 2**30, 1) for value in (*planned, sum(planned))]
