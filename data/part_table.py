@@ -157,9 +157,7 @@ class Records:
         """Read the first records of an entry's first part; with none of them there, the format is not what it is said
         to be.
         """
-        part = next((number for number, used in enumerate(self.used) if used.entry == entry), None)
-        if part is None:
-            return
+        part = next(number for number, used in enumerate(self.used) if used.entry == entry)
         wrong = []
         for row in range(min(TRIED, int(self.used[part].indexed.chunks[1]))):
             try:
@@ -225,6 +223,8 @@ def _used(found: Found, max_bad_share: float) -> list[Used]:
         found.dropped.add(f"parts: {reason}", name)
     if not used or len(bad) > max(FEW, max_bad_share * (len(parts) + len(found.missing))):
         raise UserError(_explain_bad(found, bad, len(parts) + len(found.missing), max_bad_share))
+    for number in set(range(len(found.entries))) - {part.entry for part in used}:
+        raise UserError(f"none of the parts of {found.entries[number].name} can be used: {_examples(bad)}")
     return used
 
 
@@ -267,10 +267,13 @@ def _explain_share(slot: Base64Parts) -> str:
 
 
 def _explain_bad(found: Found, bad: list[tuple[str, str]], total: int, share: float) -> str:
-    examples = "; ".join(f"{name} ({reason})" for name, reason in bad[:3])
     if len(bad) == total:
-        return f"none of the {total} parts below {found.root} can be used: {examples}"
-    return f"{len(bad)} of {total} parts cannot be used, more than data.max_bad_share = {share}: {examples}"
+        return f"none of the {total} parts below {found.root} can be used: {_examples(bad)}"
+    return f"{len(bad)} of {total} parts cannot be used, more than data.max_bad_share = {share}: {_examples(bad)}"
+
+
+def _examples(bad: list[tuple[str, str]]) -> str:
+    return "; ".join(f"{name} ({reason})" for name, reason in bad[:3])
 
 
 def _said(form: Format) -> str:

@@ -118,6 +118,8 @@ def _index(part: Part, tar: bool, make: bool) -> Index | None:
         begins, ends = _ends(part)
     except OSError as error:
         raise Unusable(error.strerror or str(error)) from None
+    if not begins:
+        raise Unusable("is empty")
     if part.name.endswith(".gz") and not begins.startswith(GZIP):
         raise Unusable("is no gzip file, whatever its name says")
     zipped = begins.startswith(GZIP)
