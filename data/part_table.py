@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -68,7 +68,7 @@ class Records:
 
     def __init__(self, slot: Base64Parts):
         found = find(slot)
-        self.root, self.told = found.root, found.told
+        self.told = found.told
         self.formats = [entry.format for entry in found.entries]
         self.weights = [entry.weight for entry in found.entries]
         self.used = _used(found, slot.max_bad_share)
@@ -184,15 +184,11 @@ class Names(Sequence[str]):
     def __len__(self) -> int:
         return self.total
 
-    def __getitem__(self, place: Any) -> Any:
-        if isinstance(place, slice):
-            return [self[i] for i in range(*place.indices(self.total))]
-        if place < -self.total:
-            raise IndexError(place)
-        again, record = divmod(place + self.total if place < 0 else place, self.total)
+    def __getitem__(self, place: int) -> str:  # type: ignore[override]  # nobody asks for a slice of billions
+        again, record = divmod(place, self.total)
         return f"{self.records.name(record)}#{again}" if again else self.records.name(record)
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[str]:
         return (self[place] for place in range(self.total))
 
 
