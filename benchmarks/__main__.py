@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from benchmarks.measure import Row
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 
-def parts() -> dict[str, Callable[[], list[Row]]]:
+def parts() -> dict[str, Callable[[], Iterable[Row]]]:
     """The parts of the table by name; each imports what it needs."""
     from benchmarks import captions, data, engine, parts, saving, start, tracking
 

@@ -144,11 +144,13 @@ def reconstructions(system: System, dataset: Any, recipe: Recipe, ranks: Ranks) 
 def frechet(generated: Tensor, training: Any, held_out: Any, recipe: Recipe) -> dict[str, float]:
     """The Fréchet distance of generated clips to held-out ones, beside its trivial baselines, by `val/frechet…`.
 
-    `val/frechet_clips` is how many held-out clips there were: with a handful all these numbers are mostly bias.
+    `val/frechet_clips` is how many held-out clips there were: with a handful all these numbers are mostly bias, and
+    with a single clip on either side there are none.
     """
     count, workers = len(generated), recipe.loop.num_workers
-    real = real_clips(held_out, count, workers)
-    report = frechet_report(generated, real, real_clips(training, count, workers))
+    real, second_real = (real_clips(dataset, count, workers) for dataset in (held_out, training))
+    enough = min(count, len(real), len(second_real)) > 1
+    report = frechet_report(generated, real, second_real) if enough else {}
     return {f"val/{name}": value for name, value in report.items()} | {"val/frechet_clips": float(len(real))}
 
 

@@ -223,8 +223,10 @@ def _videos(top: Path, root: Path, dropped: Dropped) -> Iterator[tuple[str, bool
                 dropped.add("names that are not UTF-8", repr(path))
             elif resolved(path, root) is None:
                 dropped.add(LINKS_OUT, path)
-            else:
+            elif (root / path).is_file():
                 yield path, Path(name).stem in beside, (root / path).stat().st_size
+            else:
+                dropped.add("names of videos that are no files", path)
 
 
 def _not_utf8(text: str) -> bool:

@@ -141,13 +141,13 @@ def _from_list(finder: _Finder, path: Path, slot: Base64Parts) -> list[Entry]:
         raise UserError(f"the list {path} is empty; expected a path, and a weight if wanted, on each line.")
     _check_weights(path, lines)
     if not any(_is_many(line) for line in lines.values()):
-        parts = [part for number, line in lines.items() for part in _parts_of(finder, path, number, line)]
+        parts = [part for n, line in lines.items() for part in _parts_of(finder, path, n, line, missing=True)]
         return [finder.entry(slot, path.name, parts)]
     found = [finder.entry(slot, line.path, _parts_of(finder, path, n, line), line) for n, line in lines.items()]
     for entry in found:
         if not entry.parts and not finder.missing:
             raise UserError(f"{path}: {entry.name} has no parts.")
-    return [entry for entry in found if entry.parts]
+    return found
 
 
 def _is_many(line: Line) -> bool:
@@ -156,15 +156,15 @@ def _is_many(line: Line) -> bool:
     return said or line.path.endswith(LISTS) or any(sign in line.path for sign in "*?[")
 
 
-def _parts_of(finder: _Finder, path: Path, number: int, line: Line) -> list[Part]:
-    """The parts that a line of a list of lists stands for."""
+def _parts_of(finder: _Finder, path: Path, number: int, line: Line, missing: bool = False) -> list[Part]:
+    """The parts that a line of a list of lists stands for. Only where all lines name parts, one may be `missing`."""
     if line.path.endswith(LISTS):
         inner = finder.place(path, number, line.path)
         return finder.listed(inner, _read(inner))
     if any(sign in line.path for sign in "*?["):
         return finder.matching(line.path)
-    folder = finder.place(path, number, line.path, missing=True)
-    return finder.below(folder) if folder.is_dir() else finder.listed(path, [(number, line.path)])
+    there = finder.place(path, number, line.path, missing)
+    return finder.below(there) if there.is_dir() else finder.listed(path, [(number, line.path)])
 
 
 def _read(path: Path) -> list[tuple[int, str]]:
@@ -182,7 +182,7 @@ def _read(path: Path) -> list[tuple[int, str]]:
 
 def _parsed(path: Path, number: int, text: str) -> Line:
     """`path [weight] [format=…]`: a path may hold blanks, so what follows it is read from the right."""
-    where, words, form = f"{path} line {number}", text.split(" "), ""
+    where, words, form = f"{path} line {number}", text.replace("\t", " ").split(" "), ""
     if len(words) > 1 and words[-1].startswith("format="):
         form = words.pop().removeprefix("format=")
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -68,7 +68,7 @@ class Records:
 
     def __init__(self, slot: Base64Parts):
         found = find(slot)
-        self.root, self.told = found.root, found.told
+        self.told = found.told
         self.formats = [entry.format for entry in found.entries]
         self.weights = [entry.weight for entry in found.entries]
         self.used = _used(found, slot.max_bad_share)
@@ -157,9 +157,7 @@ class Records:
         """Read the first records of an entry's first part; with none of them there, the format is not what it is said
         to be.
         """
-        part = next((number for number, used in enumerate(self.used) if used.entry == entry), None)
-        if part is None:
-            return
+        part = next(number for number, used in enumerate(self.used) if used.entry == entry)
         wrong = []
         for row in range(min(TRIED, int(self.used[part].indexed.chunks[1]))):
             try:
@@ -186,15 +184,11 @@ class Names(Sequence[str]):
     def __len__(self) -> int:
         return self.total
 
-    def __getitem__(self, place: Any) -> Any:
-        if isinstance(place, slice):
-            return [self[i] for i in range(*place.indices(self.total))]
-        if place < -self.total:
-            raise IndexError(place)
-        again, record = divmod(place + self.total if place < 0 else place, self.total)
+    def __getitem__(self, place: int) -> str:  # type: ignore[override]  # nobody asks for a slice of billions
+        again, record = divmod(place, self.total)
         return f"{self.records.name(record)}#{again}" if again else self.records.name(record)
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[str]:
         return (self[place] for place in range(self.total))
 
 
@@ -225,6 +219,8 @@ def _used(found: Found, max_bad_share: float) -> list[Used]:
         found.dropped.add(f"parts: {reason}", name)
     if not used or len(bad) > max(FEW, max_bad_share * (len(parts) + len(found.missing))):
         raise UserError(_explain_bad(found, bad, len(parts) + len(found.missing), max_bad_share))
+    for number in set(range(len(found.entries))) - {part.entry for part in used}:
+        raise UserError(f"none of the parts of {found.entries[number].name} can be used: {_examples(bad)}")
     return used
 
 
@@ -267,10 +263,13 @@ def _explain_share(slot: Base64Parts) -> str:
 
 
 def _explain_bad(found: Found, bad: list[tuple[str, str]], total: int, share: float) -> str:
-    examples = "; ".join(f"{name} ({reason})" for name, reason in bad[:3])
     if len(bad) == total:
-        return f"none of the {total} parts below {found.root} can be used: {examples}"
-    return f"{len(bad)} of {total} parts cannot be used, more than data.max_bad_share = {share}: {examples}"
+        return f"none of the {total} parts below {found.root} can be used: {_examples(bad)}"
+    return f"{len(bad)} of {total} parts cannot be used, more than data.max_bad_share = {share}: {_examples(bad)}"
+
+
+def _examples(bad: list[tuple[str, str]]) -> str:
+    return "; ".join(f"{name} ({reason})" for name, reason in bad[:3])
 
 
 def _said(form: Format) -> str:

@@ -76,17 +76,17 @@ def indices(parts: list[tuple[Part, bool]]) -> list[Index | str]:
     several processes where it is much; ranks share the work, because each begins elsewhere and takes what nobody has
     made.
     """
-    ready = [_ready(part) for part in parts]
+    ready = [_index(part, tar, make=False) for part, tar in parts]
     found = {number: index for number, index in enumerate(ready) if index is not None}
     todo = _turned([number for number in range(len(parts)) if number not in found])
     size = sum(parts[number][0].size for number in todo)
     workers = min(len(todo), os.cpu_count() or 1, 1 + size // ALONE)
     if workers < 2:
-        found |= {number: _outcome(parts[number]) for number in todo}
+        found |= {number: _made(parts[number]) for number in todo}
     else:
         print(f"a first pass over {len(todo)} parts, {size / 1e9:.1f} GB, which is kept", file=sys.stderr)
         with ProcessPoolExecutor(workers, multiprocessing.get_context("forkserver")) as pool:
-            found |= zip(todo, pool.map(_outcome, [parts[number] for number in todo]), strict=True)
+            found |= zip(todo, pool.map(_made, [parts[number] for number in todo]), strict=True)
     return [found[number] for number in range(len(parts))]
 
 
@@ -97,41 +97,40 @@ def _turned(numbers: list[int]) -> list[int]:
     return numbers[turn:] + numbers[:turn]
 
 
-def _ready(part: tuple[Part, bool]) -> Index | str | None:
-    """What is in the cache; None where nothing is."""
+def _made(part: tuple[Part, bool]) -> Index | str:
+    return _index(*part, make=True) or "has no index"
+
+
+def _index(part: Part, tar: bool, make: bool) -> Index | str | None:
+    """The part's index, or why there can be none; None where it is not there and not to be made. Raises UserError where
+    the cache cannot be written.
+    """
     try:
-        return _index(*part, make=False)
+        folder, zipped = _place(part, tar)
+        if make and folder.is_dir() and _whole(folder) is None:
+            shutil.rmtree(folder, ignore_errors=True)  # the machine stopped while it was written
+        if make and not folder.is_dir():
+            _make(folder, part, tar, zipped)
+        return _whole(folder)
     except Unusable as error:
         return str(error)
 
 
-def _outcome(part: tuple[Part, bool]) -> Index | str:
-    try:
-        return _index(*part, make=True) or "has no index"
-    except Unusable as error:
-        return str(error)
-
-
-def _index(part: Part, tar: bool, make: bool) -> Index | None:
-    """The part's index. Raises Unusable, and UserError where the cache cannot be written."""
+def _place(part: Part, tar: bool) -> tuple[Path, bool]:
+    """Where the part's index belongs, and whether the part is gzip. Raises Unusable."""
     try:
         begins, ends = _ends(part)
     except OSError as error:
         raise Unusable(error.strerror or str(error)) from None
-    if part.name.endswith(".gz") and not begins.startswith(GZIP):
-        raise Unusable("is no gzip file, whatever its name says")
     zipped = begins.startswith(GZIP)
+    if not begins:
+        raise Unusable("is empty")
+    if part.name.endswith(".gz") and not zipped:
+        raise Unusable("is no gzip file, whatever its name says")
     if tar and zipped:
         raise Unusable("is a compressed tar, in which nothing can be found: gunzip it")
     digest = blake2b(begins + ends, digest_size=16).hexdigest()
-    folder = place("part", VERSION, {"size": part.size, "time": part.time, "ends": digest, "tar": tar})
-    found = _whole(folder)
-    if found is None and make:
-        if folder.is_dir() and _whole(folder) is None:
-            shutil.rmtree(folder, ignore_errors=True)  # the machine stopped while it was written
-        _make(folder, part, tar, zipped)
-        found = Index.open(folder)
-    return found
+    return place("part", VERSION, {"size": part.size, "time": part.time, "ends": digest, "tar": tar}), zipped
 
 
 def _whole(folder: Path) -> Index | None:

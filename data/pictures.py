@@ -59,4 +59,4 @@ def random_crop(image: Image.Image, short: int, size: int, rng: np.random.Genera
     top, left = int(rng.integers(0, high - size + 1)), int(rng.integers(0, wide - size + 1))
     across, down = width / wide, height / high
     box = (left * across, top * down, min((left + size) * across, width), min((top + size) * down, height))
-    return np.array(image.resize((size, size), Image.Resampling.LANCZOS, box=box))
+    return np.asarray(image.resize((size, size), Image.Resampling.LANCZOS, box=box))

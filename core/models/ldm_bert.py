@@ -79,8 +79,6 @@ class Encoder(nn.Module):
     def __init__(self, vocabulary: int, positions: int, width: int, layers: int, **sizes: int) -> None:
         super().__init__()
         self.embed_tokens, self.embed_positions = nn.Embedding(vocabulary, width), nn.Embedding(positions, width)
-        for table in (self.embed_tokens, self.embed_positions):
-            nn.init.normal_(table.weight, std=0.02)
         self.layers = nn.ModuleList(Layer(width, **sizes) for _ in range(layers))
         self.layer_norm = nn.LayerNorm(width)
 
@@ -132,6 +130,8 @@ class LDMBertEncoder(ModelMixin, ConfigMixin):
             head_dim=slot.head_dim,
             d_model=slot.hidden_size,
         )
+        for table in (made.model.embed_tokens, made.model.embed_positions):
+            nn.init.normal_(table.weight, std=slot.embedding_std)
         made.tokenizer = tokenizer
         return made
 

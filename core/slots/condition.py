@@ -117,6 +117,9 @@ class LDMBert(Condition):
     """Attention heads."""
     head_dim: int = 64
     """Width of a head. Their sum need not be hidden_size."""
+    embedding_std: float = 0.02
+    """Deviation of fresh embeddings. The reference's is small beside what the layers add, so a fresh network tells
+    words apart late."""
 
     def check(self) -> None:
         if not 0.0 <= self.dropout < 1.0:
@@ -126,6 +129,8 @@ class LDMBert(Condition):
         for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"):
             if getattr(self, name) < 1:
                 self.refuse(name, "must be at least 1")
+        if self.embedding_std <= 0:
+            self.refuse("embedding_std", "must be above 0")
 
     def build(self) -> nn.Module:
         from core.models.ldm_bert import LDMBertEncoder

@@ -115,7 +115,8 @@ def _list(where: Path, flags: ListFlags, work: Work) -> int:
             "data list laion needs the folder of the parts, for example: data list laion datasets/laion400m"
         )
     path, parts = work.write_lists(where, **flags.arguments())
-    print(f"{path}: {parts} parts; --data-root {where} --data.file-list {path} trains on them")
+    named = f" --data.file-list {path}" if flags.to else ""
+    print(f"{path}: {parts} parts; --data-root {where}{named} trains on them")
     return 0
 
 

@@ -1,5 +1,6 @@
 """Parts of captioned pictures: what is found and read, in which order, by how many workers, from which step on."""
 
+import gzip
 import io
 import json
 import multiprocessing
@@ -70,6 +71,16 @@ def test_a_sample_is_a_clip_of_one_frame_with_its_caption(root: Path):
 def test_gzip_and_plain_parts_hold_the_same_records(tmp_path: Path, ending: str):
     dataset = slot(write_parts(tmp_path / "parts", [7, 12, 1], ending)).build()
     assert captions(dataset) == EVERY
+
+
+def test_a_part_gives_the_same_batches_whether_it_is_compressed_or_not(tmp_path: Path):
+    plain, zipped = (write_parts(tmp_path / name, [7, 12], "") for name in ("plain", "zipped"))
+    for part in zipped.iterdir():
+        part.write_bytes(gzip.compress(part.read_bytes()))
+    one, other = (slot(root).build() for root in (plain, zipped))
+    assert one.fingerprint == other.fingerprint and one.order(3, 1)[:].tolist() == other.order(3, 1)[:].tolist()
+    for index in range(19):
+        assert torch.equal(one[3, 1, index, 0]["pixel_values"], other[3, 1, index, 0]["pixel_values"])
 
 
 def test_a_gzip_file_of_several_members_and_many_chunks_is_read_to_its_end(tmp_path: Path):
@@ -181,7 +192,7 @@ def test_every_entry_of_a_list_has_its_own_format(root: Path):
     assert captions(dataset) == [*EVERY[:7], "2.1", "aes"]
 
 
-@pytest.mark.parametrize(("first", "second", "share"), [(" 3", " 1", 0.75), ("", "", 0.5), (" 0.001", " 0.009", 0.1)])
+@pytest.mark.parametrize(("first", "second", "share"), [(" 3", "\t1", 0.75), ("", "", 0.5), (" 0.001", " 0.009", 0.1)])
 def test_lists_are_drawn_from_by_weight_and_equally_without(root: Path, first: str, second: str, share: float):
     """In any stretch of an epoch, not just on average; and what an epoch leaves out, the next one begins with."""
     dataset = slot(two_lists(root, first, second)).build()

@@ -61,7 +61,7 @@ def test_too_many_missing_parts_stop_the_run_before_it_starts(root: Path):
     ("content", "reason"),
     [
         (b"a cat\t\tAAAA\n", "is no gzip file, whatever its name says"),
-        (b"", "is no gzip file, whatever its name says"),
+        (b"", "is empty"),
         (b"\x1f\x8b\x08" + b"junk" * 20, "is damaged: Error -3"),
         (gzip.compress(b""), "has no records"),
         (gzip.compress(b"\n\n\n"), "has no records"),
@@ -142,6 +142,10 @@ def test_a_pipe_or_a_link_that_leaves_the_root_is_not_read(root: Path):
         ("a.filelist 1e999\n", "line 1: the weight 1e999 must be"),
         ("a.filelist 1\nb.filelist\n", "line 2: b.filelist has no weight, and line 1 has one"),
         ("a.filelist 1 format=laion\n", r"line 1: format=laion: no such format \(did you mean 'laion_aes'\?\)"),
+        ("a.filelist 1 2\n", r"line 1: a.filelist 1 does not exist below .* \(did you mean 'a.filelist'\?\)"),
+        ("a.filelist\t0,5\n", "line 1: the weight '0,5' is not a number"),
+        ("a.fileslist 1\nb.filelist 1\n", r"line 1: a.fileslist does not exist below .* \(did you mean 'a.filelist'"),
+        ("a.filelist\ngone.filelist\n", "none of the parts of gone.filelist can be used: part-9.gz"),
         ("c.filelist\n", r"line 1: c.filelist does not exist below .* \(did you mean '.\.filelist'\?\)"),
         ("../a.filelist\n", "line 1: ../a.filelist leaves the data folder"),
         ("/etc/a.filelist\n", "line 1: /etc/a.filelist leaves the data folder"),
@@ -153,6 +157,7 @@ def test_a_pipe_or_a_link_that_leaves_the_root_is_not_read(root: Path):
 def test_a_list_that_is_wrong_is_refused_with_its_line(root: Path, text: str, message: str):
     for name in ("a", "b"):
         (root / f"{name}.filelist").write_text("part-00000.gz\n")
+    (root / "gone.filelist").write_text("part-9.gz\n")
     (root / "train.filelist.list").write_bytes(text.encode("utf-8", "surrogatepass"))
     with pytest.raises(UserError, match=message):
         slot(root).build()

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Iterator
@@ -364,6 +365,14 @@ def test_links_out_of_a_plain_folder_are_left_out_and_counted(root: Path, tmp_pa
     found = clips(root)
     assert sorted(found.ids) == ["a.mp4", "b.mp4", "deep/c.mp4", "inner.mp4"]
     assert found.dropped == {"links that leave the root (the first: 'link.mp4')": 1}
+
+
+def test_a_link_to_nowhere_and_a_pipe_are_left_out_and_counted(root: Path):
+    (root / "link.mp4").symlink_to("nowhere.mp4")
+    assert clips(root).dropped == {"names of videos that are no files (the first: 'link.mp4')": 1}
+    os.mkfifo(root / "pipe.mp4")
+    found = clips(root)
+    assert sorted(found.ids) == ["a.mp4", "b.mp4", "deep/c.mp4"] and set(found.dropped.values()) == {2}
 
 
 @pytest.mark.parametrize(

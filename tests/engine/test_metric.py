@@ -1,5 +1,7 @@
 """The recipe's own metric: scored at the end of a run on the captions that the clips were made from, and logged."""
 
+import shutil
+
 import pytest
 import torch
 from mlflow import MlflowClient
@@ -8,7 +10,7 @@ from core.distributed import Ranks
 from core.errors import UserError
 from core.preflight import preflight
 from core.slots import ColourAndMotion
-from core.validate import metric, prompts_of, real_clips
+from core.validate import frechet, metric, prompts_of, real_clips
 from registry import get
 from tests.engine.running import journal, run_here, short
 
@@ -37,6 +39,16 @@ def test_real_clips_of_the_prompts_score_full_marks(sky):
     prompts = prompts_of(recipe, held_out, 4, Ranks(torch.device("cpu"), 0, 1, None))
     found = metric(real_clips(held_out, 4), prompts, held_out, recipe)
     assert found["val/colour_score"] == found["val/direction_score"] == found["val/speed_score"] == 1.0
+
+
+def test_a_single_held_out_clip_has_no_distance_and_is_said(sky, tmp_path):
+    """A folder of a few videos holds out one; its run ends as any other."""
+    recipe = short(NAME, sky)
+    training = recipe.data.build()
+    shutil.copy(next((sky.parent / "clouds").rglob("*.mp4")), tmp_path)
+    alone = recipe.data.but(root=tmp_path, split="all").build()
+    assert frechet(real_clips(training, 4), training, alone, recipe) == {"val/frechet_clips": 1.0}
+    assert "val/frechet" in frechet(real_clips(training, 4), training, training, recipe)
 
 
 def test_a_recipe_without_a_metric_has_no_scores(sky):

@@ -11,7 +11,6 @@ from transformers import BertTokenizer
 
 from core.draw import Draw
 from core.errors import UserError
-from core.models.ldm_bert import LDMBertEncoder
 from core.slots import Diffusion, FrameVAE, LDMBert, LDMUNet, Objective
 from core.weights.load import SHIPPED
 from core.weights.pipelines import shift_into_weights
@@ -69,7 +68,8 @@ def test_a_fresh_unet_outputs_exactly_zero_and_so_does_each_of_its_branches():
 
 def test_everything_else_starts_uniform_within_one_over_the_root_of_its_fan_in_and_embeddings_normal():
     torch.manual_seed(0)
-    for module in (LDMBertEncoder(200, 20, 2, 256, 4, 16, 64), LDMUNet(**LITTLE).build()):
+    text = LDMBert(hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, head_dim=16)
+    for module in (text.build(), LDMUNet(**LITTLE).build()):
         for name, layer in module.named_modules():
             if isinstance(layer, torch.nn.LayerNorm | torch.nn.GroupNorm):
                 assert (layer.weight == 1).all() and not layer.bias.any()

@@ -57,6 +57,7 @@ PATHS = [
 SCHEDULE = [
     "optim.lr",
     "optim.schedule.*",
+    "optim.groups*",
     "optim.max_grad_norm",
     "optim.ema",
     "optim.ema.*",
@@ -92,6 +93,7 @@ NAMED = {  # twin → field → the word of its docstring that names it
     "ldm-laion400m-tiny": {
         "system.objective.prediction_type": "v-prediction",
         "system.objective.beta_end": "beta_end",
+        "system.conditions.0.embedding_std": "embedding_std",
         "loop.num_workers": "worker",
         "validation.metric": "metric",
         "validation.sampler.guidance_scale": "guidance",
