@@ -36,6 +36,8 @@ from core.verbs.printing import columns
 HELD_OUT = 256
 """Captions of the held-out data that are taken where no number is said."""
 MADE, REAL = "guidance", "second real sample"
+LEAST = 4
+"""Real samples: a distance is of two sets of two."""
 TRIVIAL = {"frozen": "frozen first frame", "shuffled": "shuffled frames"}
 """Rows of what real clips score that do not move, or in no order."""
 BESIDE = {"real": REAL, "shuffled": "shuffled captions"}
@@ -124,7 +126,10 @@ def _scales(source: Source, flags: EvalFlags) -> tuple[float, ...]:
 def _real_data(flags: EvalFlags, recipe: Any) -> Any:
     """The data that are held against; None where captions and statistics of others stand for what is not there."""
     try:
-        return (recipe.data if flags.real == "training" else recipe.validation_data).build()
+        data = (recipe.data if flags.real == "training" else recipe.validation_data).build()
+        if (there := len(fixed_keys(data, LEAST))) < LEAST:
+            raise UserError(f"{there} real samples: {LEAST} are needed, for they are also held against each other")
+        return data
     except UserError as error:
         if flags.statistics is None or flags.write_statistics or (recipe.told and flags.captions is None):
             raise

@@ -23,8 +23,9 @@ LENGTH = "--max-steps 4"
 
 
 def exported(out):
-    file = next((out / "export").glob("*/diffusion_pytorch_model.safetensors"))
-    return load_file(file)
+    """The tensors of all networks."""
+    files = (out / "export").glob("*/*.safetensors")
+    return {f"{file.parent.name}.{name}": tensor for file in files for name, tensor in load_file(file).items()}
 
 
 KINDS = {

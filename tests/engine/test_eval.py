@@ -27,6 +27,7 @@ from core.run_facts import run_facts, write_facts
 from core.validate import real_clips
 from core.verbs.eval import TRIVIAL
 from core.verbs.sync import sync
+from data.laion import synthetic, write_part
 from registry import get, main
 from tests.engine.processes import start_words
 from tests.engine.running import awake, run_here, short
@@ -43,7 +44,9 @@ def run(sky, _migrated_store, tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluated")
     store = f"sqlite:///{folder}/mlflow.db"
     (folder / "mlflow.db").write_bytes(_migrated_store.read_bytes())
-    done = run_here(short(NAME, sky, "--max-steps 1 --global-batch 2"), folder / "run", store)
+    done = run_here(
+        short(NAME, sky, "--max-steps 1 --global-batch 2 --system.conditions.0.max-length 77"), folder / "run", store
+    )
     return awake(folder / "run" / "export"), done.run_id, store
 
 
@@ -204,6 +207,15 @@ def test_a_damaged_item_is_named(run, captions, tmp_path, capsys):
     words = ["--captions", str(captions), "--guidance-scale", "1", "--no-log"]
     assert main(["eval", str(run[0]), *WORDS, "--output-dir", str(out), *words]) == 2
     assert f"{item.name}: damaged" in capsys.readouterr().err
+
+
+def test_too_few_real_ones_are_told_before_anything_is_made(tmp_path, capsys):
+    for split, count in (("train", 2), ("test", 3)):
+        (tmp_path / "p" / split).mkdir(parents=True)
+        write_part(tmp_path / "p" / split / "part-00000.gz", synthetic(split, count, seed=7))
+    words = ["eval", f"{NAME} --data-root {tmp_path}/p", *WORDS, "--output-dir", str(tmp_path / "o")]
+    assert main(words) == 2 and "3 real samples: 4 are needed" in capsys.readouterr().err
+    assert not list(tmp_path.glob("o/guidance-*"))
 
 
 # ------------------------------------------------------------------------------------------------------ where it is told

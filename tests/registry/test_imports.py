@@ -75,6 +75,8 @@ def modules_after(code: str) -> set[str]:
         ("import registry; registry.main(['show', 'lvdm-short-sky'])", HEAVY | {"tyro", "rich"}),
         ("import registry; registry.main(['diff', 'lvdm-short-sky', 'lvdm-short-sky-tiny'])", HEAVY | {"tyro", "rich"}),
         ("import registry; registry.main(['run', 'lvdm-short-sky', '--help'])", HEAVY),
+        ("import registry; registry.main(['weights', 'import', 'x', '--too', 'y'])", HEAVY),
+        ("import registry; registry.main(['weights', 'export', '--help'])", HEAVY),
         ("import registry; registry.main(['--version'])", HEAVY | {"tyro", "recipes", "core.slots"}),
     ],
 )
