@@ -68,7 +68,7 @@ def _due(moment: str | None, recipe: Recipe, out: Path, chance: random.Random) -
         "step": lambda: _lines(out) > lines + int(delay * 6),
         "save": lambda: any(out.glob("checkpoints/.partial-*")) and _after(delay * 0.05),
         "validation": lambda: (
-            _last_step(out) % recipe.validation.every == 0 and _lines(out) > lines and _after(delay * 0.2)
+            _lines(out) > lines and _last_step(out) % recipe.validation.every == 0 and _after(delay * 0.2)
         ),
         "sampling": lambda: _samples(out) > samples,
         "anywhere": lambda: time.monotonic() - began > delay * 8,
