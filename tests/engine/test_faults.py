@@ -7,6 +7,9 @@ from safetensors.torch import load_file
 from tests.engine.faults import MOMENTS, run_under_fire
 from tests.engine.running import TWINS, journal, losses, short
 
+EVERY = "lvdm-short-sky-tiny"
+"""The twin that is killed at every kind of moment here; `make soak` does that to all."""
+FOUR = ("start-up", "step", "save", "validation")
 OFTEN = "--checkpoint.every 3 --checkpoint.keep 2 --validation.every 4 --validation.sample-every 5 --loop.log-every 1"
 
 
@@ -38,14 +41,15 @@ def assert_the_same(calm, fire, store, steps=14):
 
 @pytest.mark.parametrize("name", TWINS)
 def test_a_run_killed_at_any_moment_has_the_losses_and_weights_of_an_undisturbed_one(name, sky, store, tmp_path):
-    calm, fire, kills = undisturbed_and_under_fire(name, sky, store, tmp_path, list(MOMENTS), seed=1)
-    assert set(kills.moments) >= {"start-up", "step", "save", "validation", "sampling"}
+    moments = MOMENTS if name == EVERY else FOUR
+    calm, fire, kills = undisturbed_and_under_fire(name, sky, store, tmp_path, list(moments), seed=1)
+    assert set(kills.moments) >= {*moments} - {"anywhere"}
     assert_the_same(calm, fire, store)
 
 
 def test_the_same_with_data_read_by_workers(sky, store, tmp_path):
     calm, fire, kills = undisturbed_and_under_fire(
-        "lvdm-short-sky-tiny", sky, store, tmp_path, ["step", "save"], seed=2, workers=2
+        "lvdm-video-vae-tiny", sky, store, tmp_path, ["step", "save"], seed=2, workers=2
     )
     assert kills.moments == ["step", "save"]
     assert_the_same(calm, fire, store)
