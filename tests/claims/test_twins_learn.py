@@ -47,27 +47,27 @@ def test_the_autoencoder_twin_rebuilds_clips_far_better_than_any_constant(tmp_pa
     assert metrics["val/psnr"] > 31.0 and metrics["val/psnr"] > max(own_mean, one_mean) + 6.0
 
 
-def assert_it_listens(metrics, chances):
-    """To each attribute of its captions: `chances` is what guessing gets."""
-    for attribute, chance in chances.items():
+def assert_it_listens(metrics, wanted):
+    """To each attribute of its captions: `wanted` is what guessing gets, and the least share that will do."""
+    for attribute, (chance, least) in wanted.items():
         score = metrics[f"val/{attribute}_score"]
         assert metrics[f"val/{attribute}_score_real"] >= 0.98
-        assert score >= 0.8
+        assert score >= least
         for deaf in ("shuffled", "mean_clip"):
             assert metrics[f"val/{attribute}_score_{deaf}"] < min(score, chance + 0.2)
 
 
 @pytest.mark.parametrize(
-    ("name", "chances"),
+    ("name", "wanted"),
     [
-        ("lvdm-text2video-tiny", {"colour": 1 / 6, "direction": 1 / 4, "speed": 1 / 2}),
-        ("ldm-laion400m-tiny", {"colour": 1 / 6, "place": 1 / 5}),
+        ("lvdm-text2video-tiny", {"colour": (1 / 6, 0.8), "direction": (1 / 4, 0.8), "speed": (1 / 2, 0.8)}),
+        ("ldm-laion400m-tiny", {"colour": (1 / 6, 0.7), "place": (1 / 5, 0.6)}),
     ],
 )
-def test_a_text_twin_listens_to_what_its_captions_say(name, chances, tmp_path, store):
+def test_a_text_twin_listens_to_what_its_captions_say(name, wanted, tmp_path, store):
     metrics = finished(name, tmp_path, store)
     show(name, {key: value for key, value in metrics.items() if "score" in key})
-    assert_it_listens(metrics, chances)
+    assert_it_listens(metrics, wanted)
 
 
 def test_the_frame_autoencoder_twin_rebuilds_pictures_far_better_than_any_constant(tmp_path, store):

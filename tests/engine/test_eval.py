@@ -44,9 +44,7 @@ def run(sky, _migrated_store, tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluated")
     store = f"sqlite:///{folder}/mlflow.db"
     (folder / "mlflow.db").write_bytes(_migrated_store.read_bytes())
-    done = run_here(
-        short(NAME, sky, "--max-steps 1 --global-batch 2 --system.conditions.0.max-length 77"), folder / "run", store
-    )
+    done = run_here(short(NAME, sky, "--max-steps 1 --global-batch 2"), folder / "run", store)
     return awake(folder / "run" / "export"), done.run_id, store
 
 
