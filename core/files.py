@@ -9,19 +9,27 @@ import hashlib
 import json
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 
 def write_atomic(path: Path, text: str) -> None:
     """Write `text` so that a reader finds the old file or the new one, never a part; it survives a power cut."""
-    partial = path.with_name(f".partial-{path.name}")
-    with partial.open("w", encoding="utf-8") as file:
+    with whole(path) as partial, partial.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    partial.replace(path)
     sync_folder(path.parent)
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Where to write a file that a reader finds whole or not at all: it gets its name when it is written."""
+    partial = path.with_name(f".partial-{path.name}")
+    yield partial
+    partial.replace(path)
 
 
 def sync_folder(folder: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from core.errors import UserError
-from core.files import read_json, write_atomic
+from core.files import read_json, whole, write_atomic
 from core.media import enlarged, overview, sheet, tiled, write_gif, write_mp4
 from core.preflight import writable
 from core.requests import Request
@@ -91,9 +91,8 @@ def write_clip(out: Path, entry: dict[str, Any], frames: np.ndarray, fps: int) -
 
 def _whole(path: Path, write: Callable[[Path], object]) -> None:
     """A file that a reader finds whole or not at all."""
-    partial = path.with_name(f".partial-{path.name}")
-    write(partial)
-    partial.replace(path)
+    with whole(path) as partial:
+        write(partial)
 
 
 def write_overview(out: Path, clips: list[np.ndarray], fps: int, formats: tuple[str, ...]) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from core.errors import UserError
-from core.files import read_json, write_atomic
+from core.files import read_json, whole, write_atomic
 from core.hashing import hash_of
 from core.preflight import writable
 from core.requests import Request, prompts_in, slug
@@ -90,12 +90,10 @@ def write_item(path: Path, frames: np.ndarray) -> None:
         Image.fromarray(frames[0]).save(content, "PNG")
     else:
         np.save(content, frames)
-    partial = path.with_name(f".partial-{path.name}")
-    with partial.open("wb") as file:
+    with whole(path) as partial, partial.open("wb") as file:
         file.write(content.getbuffer())
         file.flush()
         os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def read_item(path: Path) -> np.ndarray:

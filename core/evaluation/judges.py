@@ -65,6 +65,8 @@ class Measured:
     """CLIP score of each item; empty without CLIP."""
     total: np.ndarray | None
     """Sum of all items in levels of 255, (3, T, H, W)."""
+    captions: list[str]
+    """Of each item."""
 
     @staticmethod
     def joined(parts: Sequence[Measured]) -> Measured:
@@ -77,6 +79,7 @@ class Measured:
             np.concatenate([part.features for part in filled]),
             np.concatenate([part.clip for part in filled]),
             np.sum(totals, axis=0) if totals else None,
+            [text for part in filled for text in part.captions],
         )
 
     @property
@@ -93,7 +96,9 @@ def measure(batches: Iterable[Batch], by: Features | None, score: Score | None, 
     found: list[np.ndarray] = []
     scores: list[np.ndarray] = []
     total: np.ndarray | None = None
+    texts: list[str] = []
     for clips, captions in batches:
+        texts += captions
         here = clips.to(device)
         if by is not None:
             found.append(by.of(here))
@@ -102,7 +107,10 @@ def measure(batches: Iterable[Batch], by: Features | None, score: Score | None, 
         added = ((clips.double() + 1) * 127.5).sum(0).numpy()
         total = added if total is None else total + added
     return Measured(
-        np.concatenate(found) if found else np.empty((0, 0)), np.concatenate(scores) if scores else np.empty(0), total
+        np.concatenate(found) if found else np.empty((0, 0)),
+        np.concatenate(scores) if scores else np.empty(0),
+        total,
+        texts,
     )
 
 

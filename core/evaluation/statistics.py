@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from core.errors import UserError
+from core.files import whole
 
 
 def read_statistics(file: Path, dimension: int) -> tuple[np.ndarray, np.ndarray]:
@@ -31,6 +32,5 @@ def write_statistics(file: Path, mu: np.ndarray, sigma: np.ndarray) -> None:
     """The same form."""
     if file.suffix != ".npz":
         raise UserError(f"--write-statistics {file}: expected a name that ends in .npz")
-    partial = file.with_name(f".partial-{file.name}")
-    np.savez(partial, mu=mu, sigma=sigma)
-    partial.replace(file)
+    with whole(file) as partial:
+        np.savez(partial, mu=mu, sigma=sigma)

@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from core.evaluation.judges import Features, Measured
+from core.files import whole
 from core.metrics import factored, frechet_distance, frechet_of_factors, kernel_distance, standard_distance
 
 Row = dict[str, Any]
@@ -40,12 +41,10 @@ def clip_mean(found: Measured) -> dict[str, float]:
 def write_table(file: Path, rows: Sequence[Row]) -> None:
     """A line a set. What a set has no value of is empty."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    partial = file.with_name(f".partial-{file.name}")
-    with partial.open("w", newline="", encoding="utf-8") as stream:
+    with whole(file) as partial, partial.open("w", newline="", encoding="utf-8") as stream:
         table = csv.DictWriter(stream, names)
         table.writeheader()
         table.writerows(rows)
-    partial.replace(file)
 
 
 def shown(rows: Sequence[Row]) -> list[tuple[str, ...]]:

@@ -248,7 +248,7 @@ def _rows(job: Evaluation) -> list[Row]:
         keys = fixed_keys(job.data, 2 * len(job.requests))
         half = len(keys) // 2
         real = _measured(job, "real", job.share(keys[:half]), _real(job, job.share(keys[:half])))
-        sets += [(name, None, found) for name, found in _baselines(job, real, keys[:half], keys[half:])]
+        sets += [(name, None, found) for name, found in _baselines(job, real, keys[half:])]
     given = None
     if job.flags.statistics:
         given = factored_moments(*read_statistics(job.flags.statistics, sets[0][2].features.shape[1]))
@@ -262,29 +262,26 @@ def _rows(job: Evaluation) -> list[Row]:
     return _with_attributes(job, rows) if job.maker.rank == 0 else rows
 
 
-def _baselines(
-    job: Evaluation, real: Measured, first: Sequence[Any], second: Sequence[Any]
-) -> Iterator[tuple[str, Measured]]:
+def _baselines(job: Evaluation, real: Measured, second: Sequence[Any]) -> Iterator[tuple[str, Measured]]:
     """What needs no model, beside a second real sample."""
     mine = job.share(second)
     yield REAL, _measured(job, REAL, mine, _real(job, mine))
-    yield job.mean, _mean_picture(job, real, first)
+    yield job.mean, _mean_picture(job, real)
     for name, row in {} if job.still else TRIVIAL.items():
         clips = ((trivial_clips(batch)[name], texts) for batch, texts in _real(job, mine))
         yield row, _measured(job, row, mine, clips)
 
 
-def _mean_picture(job: Evaluation, real: Measured, keys: Sequence[Any]) -> Measured:
+def _mean_picture(job: Evaluation, real: Measured) -> Measured:
     """One picture, the mean of the real ones, for every caption of theirs."""
     assert real.total is not None
     mean = torch.from_numpy(real.total / real.count / 127.5 - 1).float()[None]
-    mine = job.share(keys)
+    mine = job.share(real.captions)
     alone = measure([(mean, [""])], job.by, None, job.maker.device)  # all have its features
-    told = () if job.score is None else (texts for _, texts in _real(job, mine))
-    scored = measure(
-        ((mean.expand(len(texts), -1, -1, -1, -1), texts) for texts in told), None, job.score, job.maker.device
-    )
-    return _joined(job, Measured(np.repeat(alone.features, len(mine), 0), scored.clip, None))
+    told = [mine[i : i + job.size] for i in range(0, len(mine), job.size)] if job.score else []
+    pictures = ((mean.expand(len(texts), -1, -1, -1, -1), texts) for texts in told)
+    scored = measure(pictures, None, job.score, job.maker.device)
+    return _joined(job, Measured(np.repeat(alone.features, len(mine), 0), scored.clip, None, mine))
 
 
 def _with_attributes(job: Evaluation, rows: list[Row]) -> list[Row]:

@@ -28,35 +28,13 @@ class VerbFlags(Slot):
         return {name: value for name, value in vars(self).items() if name != "debug"}
 
 
-class SampleFlags(VerbFlags):
-    """Flags of `sample`."""
+class GenerateFlags(VerbFlags):
+    """Flags of the verbs that make clips."""
 
-    prompt: tuple[str, ...] = ()
-    """Texts of the clips. None given: the prompts of the recipe's validation."""
-    prompts: Path | None = None
-    """A text file with a prompt a line."""
-    interactive: bool = False
-    """Read prompts from the terminal (or a pipe), one a line, and make the clips of each before the next is read."""
-    num: int | None = None
-    """Clips of each prompt. None: 1, and 4 where the recipe is told no text."""
     seed: int = 0
     """Seed of the noise: the same seed gives the same clips of a prompt."""
-    frames: int | None = None
-    """Frames of a clip. None: as in training."""
-    height: int | None = None
-    """Height in pixels. None: as in training."""
-    width: int | None = None
-    """Width in pixels. None: as in training."""
-    fps: int | None = None
-    """Frames a second of the files. None: as in the recipe's validation."""
     steps: int | None = None
     """Denoising steps. None: as many as the recipe's validation uses."""
-    eta: float | None = None
-    """DDIM's share of fresh noise, 0 to 1. None: as in the recipe's validation."""
-    guidance_scale: float | None = None
-    """Guidance by the text: 1 is none. None: as in the recipe's validation."""
-    negative_prompt: str | None = None
-    """What guidance leads away from. None: as in the recipe's validation."""
     sampler: Sampler = DDIM()
     """How noise becomes samples. Default: the recipe's validation's; another class keeps steps and guidance."""
     raw: bool = False
@@ -67,33 +45,68 @@ class SampleFlags(VerbFlags):
     """With a recipe's name: the trained networks, as a folder, a checkpoint file, a hub id or run:<id>."""
     batch_size: int | None = None
     """Clips made at a time. None: as in the recipe's validation."""
-    formats: tuple[Literal["mp4", "gif", "png"], ...] = ("mp4", "gif", "png")
-    """Files of each clip and of the grid; png is a strip of frames. A picture is a png."""
-    output_dir: Path | None = None
-    """Where the clips go. Default: a new folder in samples/ of the run, or of the working directory."""
     log: bool = True
-    """Log the clips to the MLflow run that they are from."""
+    """Log what comes out to the MLflow run that the weights are from."""
     nproc: int = 1
-    """Processes on this machine (torchrun), which share the clips."""
+    """Processes on this machine (torchrun), which share the work."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA where there is one."""
     store: str | None = None
     """MLflow tracking URI. Default: that of the run, $MLFLOW_TRACKING_URI, else sqlite:///runs/mlflow.db."""
 
     def check(self) -> None:
-        for name in ("num", "frames", "height", "width", "fps", "steps", "batch_size", "nproc"):
+        self.at_least_one("steps", "batch_size", "nproc")
+        if self.seed < 0:
+            self.refuse("seed", "must not be negative")
+
+    def at_least_one(self, *names: str) -> None:
+        """Refuse a number below 1; None is none."""
+        for name in names:
             value = getattr(self, name)
             if value is not None and value < 1:
                 self.refuse(name, "must be at least 1")
-        if self.seed < 0:
-            self.refuse("seed", "must not be negative")
+
+
+class SampleFlags(GenerateFlags):
+    """Flags of `sample`."""
+
+    prompt: tuple[str, ...] = ()
+    """Texts of the clips. None given: the prompts of the recipe's validation."""
+    prompts: Path | None = None
+    """A text file with a prompt a line."""
+    interactive: bool = False
+    """Read prompts from the terminal (or a pipe), one a line, and make the clips of each before the next is read."""
+    num: int | None = None
+    """Clips of each prompt. None: 1, and 4 where the recipe is told no text."""
+    frames: int | None = None
+    """Frames of a clip. None: as in training."""
+    height: int | None = None
+    """Height in pixels. None: as in training."""
+    width: int | None = None
+    """Width in pixels. None: as in training."""
+    fps: int | None = None
+    """Frames a second of the files. None: as in the recipe's validation."""
+    eta: float | None = None
+    """DDIM's share of fresh noise, 0 to 1. None: as in the recipe's validation."""
+    guidance_scale: float | None = None
+    """Guidance by the text: 1 is none. None: as in the recipe's validation."""
+    negative_prompt: str | None = None
+    """What guidance leads away from. None: as in the recipe's validation."""
+    formats: tuple[Literal["mp4", "gif", "png"], ...] = ("mp4", "gif", "png")
+    """Files of each clip and of the grid; png is a strip of frames. A picture is a png."""
+    output_dir: Path | None = None
+    """Where the clips go. Default: a new folder in samples/ of the run, or of the working directory."""
+
+    def check(self) -> None:
+        super().check()
+        self.at_least_one("num", "frames", "height", "width", "fps")
         if not self.formats:
             self.refuse("formats", "name mp4, gif or png")
         if self.guidance_scale is not None and self.guidance_scale < 0:
             self.refuse("guidance_scale", "must not be negative")
 
 
-class EvalFlags(VerbFlags):
+class EvalFlags(GenerateFlags):
     """Flags of `eval`."""
 
     captions: Path | None = None
@@ -114,45 +127,19 @@ class EvalFlags(VerbFlags):
     """An npz with mu and sigma of the real set's features, instead of the recipe's data."""
     write_statistics: Path | None = None
     """Write mu and sigma of the real set's features to this npz."""
-    seed: int = 0
-    """Seed of the noise."""
-    steps: int | None = None
-    """Denoising steps. None: as many as the recipe's validation uses."""
-    sampler: Sampler = DDIM()
-    """How noise becomes samples. Default: the recipe's validation's."""
-    raw: bool = False
-    """Use the weights as they are, not their moving average (EMA)."""
-    recipe: str | None = None
-    """The recipe of an exported folder that has none written in it."""
-    weights: str | None = None
-    """With a recipe's name: the trained networks, as a folder, a checkpoint file, a hub id or run:<id>."""
-    batch_size: int | None = None
-    """Items made or measured at a time. None: as in the recipe's validation."""
     output_dir: Path | None = None
     """Where the set and its scores go; a set that is there already is gone on with. Default: samples/ of the run."""
     restart: bool = False
     """Remove the set that is there and begin anew."""
-    log: bool = True
-    """Log table and plot to the MLflow run that the weights are from."""
-    nproc: int = 1
-    """Processes on this machine (torchrun), which share the work."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: CUDA where there is one."""
-    store: str | None = None
-    """MLflow tracking URI. Default: that of the run, $MLFLOW_TRACKING_URI, else sqlite:///runs/mlflow.db."""
 
     def check(self) -> None:
-        for name in ("num", "steps", "batch_size", "nproc"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                self.refuse(name, "must be at least 1")
+        super().check()
+        self.at_least_one("num")
         if self.num is not None and self.num < 2:
             self.refuse("num", "a distance needs at least 2 items")
-        if self.seed < 0:
-            self.refuse("seed", "must not be negative")
         if any(not 0 <= scale < float("inf") for scale in self.guidance_scale):
             self.refuse("guidance_scale", "must not be negative")
-        if len(set(self.guidance_scale)) < len(self.guidance_scale):
+        if len({f"{scale:g}" for scale in self.guidance_scale}) < len(self.guidance_scale):
             self.refuse("guidance_scale", "names a scale twice")
         if self.inception and self.i3d:
             self.refuse("i3d", "give --inception (pictures) or --i3d (clips), not both")
