@@ -115,8 +115,9 @@ class Replica:
         made = experiment_id(self.mlflow, self.uri, begun["experiment"])
         before = self.mlflow.search_runs([made], max_results=1, order_by=["attributes.start_time DESC"])
         last = before[0].data.tags.get("mlflow.runColor", "") if before else ""
-        tags = {"uid": begun["uid"], "mlflow.runColor": next_color(last)}
-        return self.mlflow.create_run(made, start_time=begun["time"], tags=tags, run_name=begun["name"])
+        described = next((event["values"] for event, _ in read(self.journal) if event["event"] == "tags"), {})
+        tags = described | _sign_of_life() | {"uid": begun["uid"], "mlflow.runColor": next_color(last)}
+        return self.mlflow.create_run(made, start_time=begun["time"], tags=_tags(tags), run_name=begun["name"])
 
     # -------------------------------------------------------------------------------------------------------- shipping
 
@@ -190,7 +191,7 @@ class Replica:
 
     def beat(self) -> None:
         """Give a sign of life."""
-        self.set_tags({"heartbeat": datetime.now(UTC).isoformat(timespec="seconds")})
+        self.set_tags(_sign_of_life())
 
     def _send_metrics(self, events: list[Event]) -> None:
         from mlflow.entities import Metric
@@ -206,8 +207,7 @@ class Replica:
         """Set tags now, beside the journal."""
         from mlflow.entities import RunTag
 
-        tags = [RunTag(name(k), cut(str(v), TAG_LIMIT)) for k, v in values.items()]
-        for part in _parts(tags):
+        for part in _parts([RunTag(k, v) for k, v in _tags(values).items()]):
             self.mlflow.log_batch(self.run_id, tags=part)
 
     def _send_params(self, events: list[Event]) -> None:
@@ -294,6 +294,15 @@ def _within(path: Path, folder: Path) -> bool:
 
 def _parts(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
     return (items[start : start + PARAMS] for start in range(0, len(items), PARAMS))
+
+
+def _sign_of_life() -> dict[str, str]:
+    return {"heartbeat": datetime.now(UTC).isoformat(timespec="seconds")}
+
+
+def _tags(values: dict[str, Any]) -> dict[str, str]:
+    """As MLflow takes them."""
+    return {name(k): cut(str(v), TAG_LIMIT) for k, v in values.items()}
 
 
 def is_refusal(error: Exception) -> bool:

@@ -271,10 +271,10 @@ def _describe(
     """Everything that is known before the first step, for a run that begins or goes on."""
     about, patch = provenance.code()
     own = dict(tag.split("=", 1) for tag in recipe.tracking.tags)
-    journal.append("state", status="RUNNING")
     journal.append(
         "tags", values=provenance.tags(recipe, output_dir, journal.last["run"]["command"], device) | about | own
     )
+    journal.append("state", status="RUNNING")  # after its process: RUNNING under that of before reads as dead
     journal.append("params", values={k: str(v) for k, v in flatten(recipe).items()})
     journal.append("data", sets=[_dataset(recipe, context, described) for context, described in data.items()])
     for path in [output_dir / "recipe.json", *provenance.write_files(output_dir, patch)]:

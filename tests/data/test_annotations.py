@@ -44,7 +44,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def source(text: str | bytes, layout: str = "csv", **changes: Any) -> Source:
     """A table of this content, in a folder of its own."""
-    file = Path(tempfile.mkdtemp()) / "table"
+    file = Path(tempfile.mkdtemp(dir=Path(os.environ["REGISTRY_CACHE"]).parent)) / "table"
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
     path, caption = COLUMNS[layout]
     return Source(**{"file": file, "layout": layout, "path": path, "caption": caption, "root": ROOT, **changes})

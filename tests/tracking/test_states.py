@@ -16,7 +16,8 @@ from mlflow import MlflowClient
 import registry
 from core import provenance
 from core.journal import read
-from core.liveness import judge
+from core.liveness import judge, silence
+from core.replica import Replica
 from core.run_facts import run_facts
 from core.verbs.doctor import running
 from tests.engine.running import run_here, short
@@ -86,6 +87,15 @@ def test_a_run_killed_with_9_goes_on_in_the_same_run_without_a_double_point(vict
     assert again.run_id == run_id and steps == sorted(set(steps)) and steps[-1] == last + 9
     assert steps == list(range(1, last + 10))
     assert content(store, run_id)["status"] == "FINISHED"
+
+
+def test_a_run_is_born_with_its_process_and_a_sign_of_life_so_that_no_doctor_takes_it_for_dead(tmp_path, store):
+    opened(tmp_path / "run", store).close("FINISHED")
+    other = f"sqlite:///{tmp_path}/other.db"
+    replica = Replica(tmp_path / "run", other)
+    replica.connect()  # and nothing of the journal sent there yet
+    tags = MlflowClient(tracking_uri=other).get_run(replica.run_id).data.tags
+    assert judge(tags, stale=900) == ("alive", f"process {os.getpid()} runs") and silence(tags) < 60
 
 
 def test_the_doctor_leaves_alone_what_lives_and_what_is_not_ours(tmp_path, store, capsys, monkeypatch):
