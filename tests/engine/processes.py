@@ -10,7 +10,7 @@ from core.slots import Launch, Recipe
 from tests.tracking.servers import free_port
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["core.train", "registry", "mlflow", "mlflow.tracking", "data.frames"])
+SERVER.set_forkserver_preload(["tests.engine.preloaded"])
 
 
 def start(recipe: Recipe, said: Path, threads: int = 1, rank: int = 0, world: int = 1, port: int = 0, **launch):
