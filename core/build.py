@@ -48,6 +48,7 @@ def build(recipe: Recipe, launch: Launch, here: Ranks) -> Built:
     """Build a recipe on this rank's device. Raises UserError for anything that cannot work, before MLflow is opened."""
     check_batch(recipe, here.data_world)
     dataset, held_out = recipe.data.build(), recipe.validation_data.build()
+    _same_data(dataset, held_out, here)
     begin = _start(recipe, launch, here)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = recipe.loop.tf32
     system = _assemble(recipe, launch, here, begin)
@@ -101,6 +102,16 @@ def _refuse_impossible(recipe: Recipe, system: System, here: Ranks) -> None:
         raise UserError(
             f"loop.micro_batch: the loss of {type(recipe.system).__name__} is over the whole batch and cannot be "
             f"accumulated: global_batch must be micro_batch x ranks = {recipe.loop.micro_batch * here.data_world}"
+        )
+
+
+def _same_data(dataset: Any, held_out: Any, here: Ranks) -> None:
+    """Raise UserError where ranks have other samples: each would train on its own part of another order."""
+    counts = here.everyone([(len(found), found.fingerprint) for found in (dataset, held_out)])
+    if odd := next((rank for rank, count in enumerate(counts) if count != counts[0]), None):
+        raise UserError(
+            f"rank {odd} has other data than rank 0: {counts[odd][0][0]:,} and {counts[0][0][0]:,} samples for "
+            f"training, {counts[odd][1][0]:,} and {counts[0][1][0]:,} held out. Is the folder the same on all machines?"
         )
 
 

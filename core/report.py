@@ -5,6 +5,7 @@ ranks.
 from __future__ import annotations
 
 import traceback
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -40,6 +41,7 @@ class Report:
         self.bar = Progress(None, 0, 0)
         self.now = 0
         self._stop = stop
+        self._skipped: Counter[str] = Counter()
 
     def _asked(self) -> bool:
         """Whether some rank was asked to stop; a collective, between batches."""
@@ -84,6 +86,9 @@ class Report:
             f"{self.recipe.name}: {trained} step {step} of {total}, {self.here.world} x {self.here.device.type}, "
             f"output in {self.folder}"
         )
+        for each in self.tracker.journal.last["data"]["sets"] if self.tracker is not None else ():
+            facts = (f"{v:,} {k}" if k == "samples" else f"{k} {v}" for k, v in each["profile"].items())
+            self.bar.line(f"{each['context']} data: {', '.join(facts)}")
 
     def step(self, step: int, failure: str | None) -> None:
         """An update is done; `failure` says why the last checkpoint was not written, if so."""
@@ -103,6 +108,7 @@ class Report:
         """Name the samples that could not be read."""
         for name, reason in new:
             self.bar.line(f"skipped {name}: {reason}")
+            self._skipped[reason.partition(":")[0]] += 1
 
     def _averaged(self, built: Built) -> AbstractContextManager[None]:
         return built.ema.applied() if built.ema else nullcontext()
@@ -239,6 +245,9 @@ class Report:
         """End the run as FINISHED, FAILED (with the traceback as an artifact) or KILLED."""
         if error is not None and self.here.first:
             self._failed(error)
+        if self._skipped:
+            kinds = ", ".join(f"{count:,} {kind}" for kind, count in self._skipped.most_common())
+            self.bar.line(f"samples that rank 0 could not read: {kinds}")
         self.bar.note(f"{status.lower()} at step {self.now}")
         self.bar.close()
         if self.tracker is not None:
