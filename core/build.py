@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,12 +108,22 @@ def _refuse_impossible(recipe: Recipe, system: System, here: Ranks) -> None:
 
 def _same_data(dataset: Any, held_out: Any, here: Ranks) -> None:
     """Raise UserError where ranks have other samples: each would train on its own part of another order."""
-    counts = here.everyone([(len(found), found.fingerprint) for found in (dataset, held_out)])
-    if odd := next((rank for rank, count in enumerate(counts) if count != counts[0]), None):
-        raise UserError(
-            f"rank {odd} has other data than rank 0: {counts[odd][0][0]:,} and {counts[0][0][0]:,} samples for "
-            f"training, {counts[odd][1][0]:,} and {counts[0][1][0]:,} held out. Is the folder the same on all machines?"
-        )
+    wrong = other_data(here.everyone([(len(found), found.fingerprint) for found in (dataset, held_out)]))
+    if wrong:
+        raise UserError(wrong)
+
+
+def other_data(counts: Sequence[Sequence[tuple[int, str]]]) -> str | None:
+    """What is wrong with the ranks' numbers of samples and fingerprints (for training, held out); None: nothing."""
+    odd = next((rank for rank, count in enumerate(counts) if count != counts[0]), None)
+    if odd is None:
+        return None
+    (trains, _), (holds, _) = counts[odd]
+    (first_trains, _), (first_holds, _) = counts[0]
+    return (
+        f"rank {odd} has other data than rank 0: {trains:,} and {first_trains:,} samples for training, {holds:,} and "
+        f"{first_holds:,} held out. Is the folder the same on all machines?"
+    )
 
 
 def check_batch(recipe: Recipe, world: int) -> None:

@@ -22,6 +22,7 @@ from core.journal import said
 from core.media import enlarged, four_frames, overview, tiled, to_uint8, write_gif, write_mp4
 from core.mlflow_page import CELLS
 from core.progress import Progress
+from core.pushing import Pusher
 from core.recipe_file import FILE_NAME, dump, recipe_hash
 from core.redact import redact
 from core.slots import Launch, Recipe
@@ -42,6 +43,9 @@ class Report:
         self.now = 0
         self._stop = stop
         self._skipped: Counter[str] = Counter()
+        self._total = 0
+        self.hub: Pusher | None = None
+        self._hub_wait = 0.0
 
     def _asked(self) -> bool:
         """Whether some rank was asked to stop; a collective, between batches."""
@@ -62,11 +66,24 @@ class Report:
                 device=_described(here),
             )
         try:
-            return cls(recipe, built, here, tracker, here.agree(tracker.run_id if tracker else ""), stop)
+            report = cls(recipe, built, here, tracker, here.agree(tracker.run_id if tracker else ""), stop)
         except BaseException:  # another rank is gone
             if tracker is not None:
                 tracker.close("FAILED")
             raise
+        report._push(launch)
+        return report
+
+    def _push(self, launch: Launch) -> None:
+        """Rank 0 uploads from now on, if that was asked for."""
+        if self.here.first and launch.push_to_hub != "none":
+            self._hub_wait = launch.hub_wait
+            self.hub = Pusher(launch, self.folder, lambda line: self.bar.line(line), self._pushed)
+
+    def _pushed(self, **facts: str) -> None:
+        if self.tracker is not None:
+            self.tracker.append("hub", **facts)
+            self.tracker.tags({"hub": facts["address"]} if "address" in facts else {"hub.error": facts["why"]})
 
     @property
     def run_id(self) -> str:
@@ -75,7 +92,7 @@ class Report:
 
     def begin(self, step: int, total: int) -> None:
         """The first lines: what runs, where, from which step."""
-        self.now = step
+        self.now, self._total = step, total
         self.bar = Progress(self.folder / "run.log" if self.here.first else None, total, step)
         for note in self.notes:
             self.bar.line(note)
@@ -213,6 +230,8 @@ class Report:
             if self.here.first:
                 system.export(folder, weights)
                 (folder / FILE_NAME).write_text(dump(self.recipe))  # `sample` opens the folder wherever it goes
+        if self.hub is not None:
+            self.hub.exported(folder)
         return folder
 
     def newest(self) -> dict[str, Any]:
@@ -224,6 +243,8 @@ class Report:
         handed over. The thread that wrote it calls this.
         """
         self.bar.note(f"saved {path}")
+        if self.hub is not None:
+            self.hub.saved(path, last=step == self._total)
         if self.tracker is None:
             return
         self.tracker.append(
@@ -245,6 +266,8 @@ class Report:
         """End the run as FINISHED, FAILED (with the traceback as an artifact) or KILLED."""
         if error is not None and self.here.first:
             self._failed(error)
+        if self.hub is not None:
+            self.hub.close(self._hub_wait if status == "FINISHED" else 0.0, lambda: bool(self._stop.signal))
         if self._skipped:
             kinds = ", ".join(f"{count:,} {kind}" for kind, count in self._skipped.most_common())
             self.bar.line(f"samples that rank 0 could not read: {kinds}")

@@ -84,10 +84,10 @@ VERBS = {
     ),
     "weights": Verb(
         "info PATH [--json] | import PATH --to DIR [--as unet|vae] [--for RECIPE] [--ema] [--partial]\n"
-        "       | export RUN --to DIR [--raw]",
-        "info, import or export, and a path or a run",
+        "       | export RUN --to DIR [--raw] | push RUN_OR_FOLDER --repo NAMESPACE/NAME [--private] [--every]",
+        "info, import, export or push, and a path or a run",
         "What a checkpoint of others holds (info), the same as diffusers folders that recipes open (import), and the\n"
-        "networks of a run as diffusers folders (export).\n"
+        "networks of a run as diffusers folders (export), also to the Hugging Face hub (push; the token is HF_TOKEN).\n"
         "PATH is a file (.safetensors, .ckpt, .pt, .bin, .pdparams), a folder, a hub id or run:<id>. Nothing in it is\n"
         "executed.",
         "python -m registry weights info shipped:lvdm-video-vae-tiny",

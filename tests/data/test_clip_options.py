@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import registry
+from core.build import other_data
 from core.errors import UserError
 from core.slots.slot import SlotError, from_json, to_json
 from data.captioned import CaptionedClips, speaks_of_sides
@@ -243,6 +244,15 @@ def test_a_random_subset_is_the_tables_and_the_seeds(many: Path, tmp_path: Path)
     assert one.fingerprint != clips(many).fingerprint
     again = pickle.loads(pickle.dumps(one))  # noqa: S301  as a worker gets it
     assert list(again.ids) == list(one.ids) and again[0, 0, 3, 0]["id"] == one[0, 0, 3, 0]["id"]
+
+
+def test_ranks_that_found_other_files_do_not_train_together():
+    same = [(200, "a"), (8, "b")]
+    assert other_data([same, same]) is None
+    assert "rank 2 has other data than rank 0: 199 and 200 samples" in str(
+        other_data([same, same, [(199, "c"), (8, "b")]])
+    )
+    assert "rank 1 has other data" in str(other_data([same, [(200, "a"), (8, "d")]]))
 
 
 # ---- the slot, and the verb ----
