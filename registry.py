@@ -283,9 +283,9 @@ def _data(words: list[str]) -> int:
     if _wants_help(words):
         return _help(words, "data", *(kind() for what, kind in verb.FLAGS.items() if what == words[0]))
     _first(words, "data", 2)
-    from data import laion
+    from data import check, laion
 
-    return verb.data(words, verb.Work(laion.make, laion.write_lists, laion.convert))
+    return verb.data(words, verb.Work(laion.make, laion.write_lists, laion.convert, check.check, get))
 
 
 def _ui(words: list[str]) -> int:

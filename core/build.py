@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +49,7 @@ def build(recipe: Recipe, launch: Launch, here: Ranks) -> Built:
     """Build a recipe on this rank's device. Raises UserError for anything that cannot work, before MLflow is opened."""
     check_batch(recipe, here.data_world)
     dataset, held_out = recipe.data.build(), recipe.validation_data.build()
+    _same_data(dataset, held_out, here)
     begin = _start(recipe, launch, here)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = recipe.loop.tf32
     system = _assemble(recipe, launch, here, begin)
@@ -102,6 +104,26 @@ def _refuse_impossible(recipe: Recipe, system: System, here: Ranks) -> None:
             f"loop.micro_batch: the loss of {type(recipe.system).__name__} is over the whole batch and cannot be "
             f"accumulated: global_batch must be micro_batch x ranks = {recipe.loop.micro_batch * here.data_world}"
         )
+
+
+def _same_data(dataset: Any, held_out: Any, here: Ranks) -> None:
+    """Raise UserError where ranks have other samples: each would train on its own part of another order."""
+    wrong = other_data(here.everyone([(len(found), found.fingerprint) for found in (dataset, held_out)]))
+    if wrong:
+        raise UserError(wrong)
+
+
+def other_data(counts: Sequence[Sequence[tuple[int, str]]]) -> str | None:
+    """What is wrong with the ranks' numbers of samples and fingerprints (for training, held out); None: nothing."""
+    odd = next((rank for rank, count in enumerate(counts) if count != counts[0]), None)
+    if odd is None:
+        return None
+    (trains, _), (holds, _) = counts[odd]
+    (first_trains, _), (first_holds, _) = counts[0]
+    return (
+        f"rank {odd} has other data than rank 0: {trains:,} and {first_trains:,} samples for training, {holds:,} and "
+        f"{first_holds:,} held out. Is the folder the same on all machines?"
+    )
 
 
 def check_batch(recipe: Recipe, world: int) -> None:

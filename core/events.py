@@ -88,6 +88,7 @@ KINDS: dict[str, dict[str, Check]] = {
     "data": {"sets": are_sets},
     "artifact": {"path": is_inner, "folder": lambda v: v is None or is_inner(v)},
     "picture": {"path": is_inner, "key": is_text, "step": is_count},
+    "hub": {"status": is_text, "repo": is_text, "what": is_text},
     "checkpoint": {
         "path": is_inner,
         "step": is_count,

@@ -18,7 +18,7 @@ from core.slots.slot import flatten
 
 OURS = (
     *("recipe.json", "run.json", "run.log", "journal.jsonl", "synced.json", "provenance", "traceback.txt"),
-    *("checkpoints", "samples", "export", "profile.json", "run.json.partial", "synced.json.partial"),
+    *("checkpoints", "samples", "export", "hub", "profile.json", "run.json.partial", "synced.json.partial"),
 )
 """What a run writes; `--overwrite` removes these and nothing else."""
 FREE = (

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import ClassVar, Protocol
 
 from core.errors import Screen, UserError
+from core.hub import ready
 from core.provenance import refuse_secrets
-from core.slots import Autoencoder, Data, Recipe, Sampler, Slot
+from core.slots import Autoencoder, Data, Launch, Recipe, Sampler, Slot
 from core.slots.slot import field_types
 
 
@@ -27,9 +28,11 @@ class Frozen(Protocol):
     def fetch(self) -> str: ...
 
 
-def preflight(recipe: Recipe) -> None:
+def preflight(recipe: Recipe, launch: Launch = Launch()) -> None:
     """Raise a Screen that names every missing field, its published source and the command that goes on."""
     refuse_secrets(recipe)
+    if launch.push_to_hub != "none" and os.environ.get("RANK", "0") == "0":
+        ready("--push-to-hub")
     _refuse_words_for_the_deaf(recipe)
     missing = [*_missing_weights(recipe), *_missing_tokenizers(recipe), *_missing_data(recipe)]
     if missing:

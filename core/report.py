@@ -5,6 +5,7 @@ ranks.
 from __future__ import annotations
 
 import traceback
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -21,6 +22,7 @@ from core.journal import said
 from core.media import enlarged, four_frames, overview, tiled, to_uint8, write_gif, write_mp4
 from core.mlflow_page import CELLS
 from core.progress import Progress
+from core.pushing import Pusher
 from core.recipe_file import FILE_NAME, dump, recipe_hash
 from core.redact import redact
 from core.slots import Launch, Recipe
@@ -40,6 +42,10 @@ class Report:
         self.bar = Progress(None, 0, 0)
         self.now = 0
         self._stop = stop
+        self._skipped: Counter[str] = Counter()
+        self._total = 0
+        self.hub: Pusher | None = None
+        self._hub_wait = 0.0
 
     def _asked(self) -> bool:
         """Whether some rank was asked to stop; a collective, between batches."""
@@ -60,11 +66,24 @@ class Report:
                 device=_described(here),
             )
         try:
-            return cls(recipe, built, here, tracker, here.agree(tracker.run_id if tracker else ""), stop)
+            report = cls(recipe, built, here, tracker, here.agree(tracker.run_id if tracker else ""), stop)
         except BaseException:  # another rank is gone
             if tracker is not None:
                 tracker.close("FAILED")
             raise
+        report._push(launch)
+        return report
+
+    def _push(self, launch: Launch) -> None:
+        """Rank 0 uploads from now on, if that was asked for."""
+        if self.here.first and launch.push_to_hub != "none":
+            self._hub_wait = launch.hub_wait
+            self.hub = Pusher(launch, self.folder, lambda line: self.bar.line(line), self._pushed)
+
+    def _pushed(self, **facts: str) -> None:
+        if self.tracker is not None:
+            self.tracker.append("hub", **facts)
+            self.tracker.tags({"hub": facts["address"]} if "address" in facts else {"hub.error": facts["why"]})
 
     @property
     def run_id(self) -> str:
@@ -73,7 +92,7 @@ class Report:
 
     def begin(self, step: int, total: int) -> None:
         """The first lines: what runs, where, from which step."""
-        self.now = step
+        self.now, self._total = step, total
         self.bar = Progress(self.folder / "run.log" if self.here.first else None, total, step)
         for note in self.notes:
             self.bar.line(note)
@@ -84,6 +103,9 @@ class Report:
             f"{self.recipe.name}: {trained} step {step} of {total}, {self.here.world} x {self.here.device.type}, "
             f"output in {self.folder}"
         )
+        for each in self.tracker.journal.last["data"]["sets"] if self.tracker is not None else ():
+            facts = (f"{v:,} {k}" if k == "samples" else f"{k} {v}" for k, v in each["profile"].items())
+            self.bar.line(f"{each['context']} data: {', '.join(facts)}")
 
     def step(self, step: int, failure: str | None) -> None:
         """An update is done; `failure` says why the last checkpoint was not written, if so."""
@@ -103,6 +125,7 @@ class Report:
         """Name the samples that could not be read."""
         for name, reason in new:
             self.bar.line(f"skipped {name}: {reason}")
+            self._skipped[reason.partition(":")[0]] += 1
 
     def _averaged(self, built: Built) -> AbstractContextManager[None]:
         return built.ema.applied() if built.ema else nullcontext()
@@ -207,6 +230,8 @@ class Report:
             if self.here.first:
                 system.export(folder, weights)
                 (folder / FILE_NAME).write_text(dump(self.recipe))  # `sample` opens the folder wherever it goes
+        if self.hub is not None:
+            self.hub.exported(folder)
         return folder
 
     def newest(self) -> dict[str, Any]:
@@ -218,6 +243,8 @@ class Report:
         handed over. The thread that wrote it calls this.
         """
         self.bar.note(f"saved {path}")
+        if self.hub is not None:
+            self.hub.saved(path, last=step == self._total)
         if self.tracker is None:
             return
         self.tracker.append(
@@ -239,6 +266,11 @@ class Report:
         """End the run as FINISHED, FAILED (with the traceback as an artifact) or KILLED."""
         if error is not None and self.here.first:
             self._failed(error)
+        if self.hub is not None:
+            self.hub.close(self._hub_wait if status == "FINISHED" else 0.0, lambda: bool(self._stop.signal))
+        if self._skipped:
+            kinds = ", ".join(f"{count:,} {kind}" for kind, count in self._skipped.most_common())
+            self.bar.line(f"samples that rank 0 could not read: {kinds}")
         self.bar.note(f"{status.lower()} at step {self.now}")
         self.bar.close()
         if self.tracker is not None:

@@ -24,8 +24,7 @@ from core.recipe_file import FILE_NAME, read
 from core.slots import FrameVAE, Recipe, Slot
 from core.systems import System
 from core.weights.load import load_component
-from core.weights.names import folder_of
-from core.weights.pipelines import INDEX
+from core.weights.names import INDEX, folder_of
 
 HASHED = 2**31
 """Bytes of weights that are read for their hash alone; larger ones have none unless a manifest holds it."""

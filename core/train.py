@@ -52,7 +52,7 @@ class Result:
 
 def train(recipe: Recipe, launch: Launch = Launch(), argv: Sequence[str] = ()) -> Result:
     """Train a recipe from launch to export. Raises UserError for what the user can mend, before anything is written."""
-    preflight(recipe)
+    preflight(recipe, launch)
     with asked_to_stop(launch.grace) as stop, ranks(recipe.parallel, launch.device, launch.timeout) as here:
         built = build(recipe, launch, here)
         stop.polite = True

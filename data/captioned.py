@@ -6,6 +6,7 @@ What the original ignored is done here: the stride, the frames' times, the aspec
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -14,17 +15,18 @@ import numpy as np
 import torch
 
 from core.errors import UserError, did_you_mean
-from core.hashing import hash_of
 from data import video
 from data.annotations import COLUMNS, Source, index_of, recognise, resolved
 from data.frames import LINKS_OUT, VIDEOS, entries, listing, to_unit_range
 from data.index import Dropped, Index, Names, index_of_rows
+from data.rows import chosen
 from data.samples import BadSample, Sample, Samples
 
 if TYPE_CHECKING:
     from data.slots import CaptionedVideos
 
 TABLES = (".csv", ".jsonl", ".list", ".json", ".ndjson")
+SIDES = re.compile(r"\b(?:left|right)(?:wards?|most|hand(?:ed)?)?\b|\b(?:anti|counter)?-?clockwise\b", re.IGNORECASE)
 LOOKED_FOR = 24  # videos that are looked for at the start: with none of them there, the root is wrong
 
 
@@ -35,6 +37,11 @@ class Found(NamedTuple):
     layout: str
     told: str
     split: bool
+
+
+def speaks_of_sides(caption: str) -> bool:
+    """Whether a caption says what a mirror turns round: left, right, clockwise."""
+    return SIDES.search(caption) is not None
 
 
 class CaptionedClips(Samples):
@@ -49,20 +56,20 @@ class CaptionedClips(Samples):
         self.root = _root_of(slot)
         self.found = _find(slot, self.root)
         first, last = _part(slot, self.found)
-        self.names = Names(self.found.table, first, last)
-        about = self.found.table.about
-        super().__init__(
-            self.names, fingerprint=f"{hash_of(about['digest'], first, last):016x}", dropped=dict(about["dropped"])
-        )
-        self._look_for_videos()
+        rows = chosen(slot, self.found.table, first, last, self.root)
+        self.names, self.told = rows.names, rows.told
+        dropped = dict(self.found.table.about["dropped"]) | rows.dropped
+        super().__init__(self.names, fingerprint=rows.fingerprint, dropped=dropped)
+        if slot.missing == "replace" or not len(self):
+            self._look_for_videos(Names(self.found.table, first, last))
 
     def id_hashes(self) -> np.ndarray:
         """Straight from the index: nothing is hashed, and nothing kept."""
         return self.names.hashes()
 
     def read(self, index: int, rng: np.random.Generator) -> Sample:
-        """A start that `rng` draws, then the crop's place."""
-        name, caption = self.found.table.row(self.names.first + index)
+        """A start that `rng` draws, then the crop's place, then whether the clip is mirrored."""
+        name, caption = self.found.table.row(self.names.place(index))
         path = self._file(name)
         if self.found.layout == "folder":
             caption = self._sidecar(name)
@@ -71,15 +78,18 @@ class CaptionedClips(Samples):
         except video.Unreadable as fault:
             raise BadSample(name, str(fault)) from None
         clip = torch.from_numpy(self._cropped(name, frames, rng)).permute(0, 3, 1, 2)  # (T, 3, H, W)
+        clip = clip.flip(-1) if self._mirrored(caption, rng) else clip
         return {"pixel_values": to_unit_range(clip), "caption": caption}
 
     def describe(self) -> dict[str, str | int]:
         """The base's figures, and what was recognised as what."""
-        return super().describe() | {"layout": self.found.told}
+        return super().describe() | {"layout": self.found.told} | self.told
 
     def _frames(self, path: Path, rng: np.random.Generator) -> np.ndarray:
         slot, packets = self.slot, video.scan(path)
-        chosen = video.choose(packets.times(), slot.num_frames, slot.frame_stride, slot.fps, rng)
+        chosen = video.choose(
+            packets.times(), slot.num_frames, slot.frame_stride, slot.fps, rng, stretch=slot.short_clips == "stretch"
+        )
         return video.decode(path, packets, chosen, self._size, strict=slot.decoder == "pyav")
 
     def _size(self, height: int, width: int) -> tuple[int, int]:
@@ -106,6 +116,15 @@ class CaptionedClips(Samples):
             top, left = round(down / 2), round(right / 2)
         return frames[:, top : top + high, left : left + wide]
 
+    def _mirrored(self, caption: str, rng: np.random.Generator) -> bool:
+        """One draw a clip. What is said of sides would be wrong of a mirrored clip."""
+        probability = self.slot.horizontal_flip
+        return (
+            probability > 0
+            and float(rng.random()) < probability
+            and (self.slot.flip_sided or not speaks_of_sides(caption))
+        )
+
     def _file(self, name: str) -> Path:
         """The real file of a path of the table, which stays in the root."""
         path = resolved(name, self.root)
@@ -128,11 +147,11 @@ class CaptionedClips(Samples):
         except (OSError, UnicodeDecodeError) as error:
             raise BadSample(text, f"cannot be read: {error}") from None
 
-    def _look_for_videos(self) -> None:
+    def _look_for_videos(self, rows: Names) -> None:
         """A root that holds none of the table's videos is a wrong root."""
-        places = np.unique(np.linspace(0, len(self) - 1, LOOKED_FOR, dtype=np.int64)).tolist()
-        paths = [self.found.table.row(self.names.first + place)[0] for place in places]
-        if not any((self.root / path).is_file() for path in paths):
+        places = np.unique(np.linspace(0, len(rows) - 1, LOOKED_FOR, dtype=np.int64)).tolist()
+        paths = [rows.table.row(rows.place(place))[0] for place in places]
+        if not len(self) or not any((self.root / path).is_file() for path in paths):
             raise UserError(_explain_root(self.root, paths))
 
 

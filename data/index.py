@@ -68,6 +68,11 @@ class Index:
         at = row - int(self.maps.starts[which])
         return batch.column(0)[at].as_py(), batch.column(1)[at].as_py()
 
+    def folders(self) -> set[str]:
+        """What stands before the last part of the paths, with its slash; empty for files in the root itself."""
+        batches = map(self.maps.table.get_batch, range(self.maps.table.num_record_batches))
+        return {path[: path.rfind("/") + 1] for batch in batches for path in batch.column(0).to_pylist()}
+
     def copy_number(self, place: int) -> int:
         """How many rows with the same path come before this one."""
         return place - int(np.searchsorted(self.maps.hashes, self.maps.hashes[place], side="left"))
@@ -109,23 +114,33 @@ class _Maps(NamedTuple):
 
 
 class Names(Sequence[str]):
-    """The names of an index' rows from `first` to `last`, read when asked for."""
+    """The names of an index' rows from `first` to `last`, read when asked for; with `places`, of those rows alone
+    (int, ascending, within the range).
+    """
 
-    def __init__(self, table: Index, first: int, last: int):
-        self.table, self.first, self.last = table, first, last
+    def __init__(self, table: Index, first: int, last: int, places: np.ndarray | None = None):
+        self.table, self.first, self.last, self.places = table, first, last, places
 
     def __len__(self) -> int:
-        return self.last - self.first
+        return self.last - self.first if self.places is None else len(self.places)
+
+    def place(self, index: int) -> int:
+        """Where the row is in the table."""
+        return self.first + index if self.places is None else int(self.places[index])
 
     def __getitem__(self, place: Any) -> Any:
         if isinstance(place, slice):
             return [self[i] for i in range(*place.indices(len(self)))]
         if not -len(self) <= place < len(self):
             raise IndexError(place)
-        return self.table.name(self.first + place % len(self))
+        return self.table.name(self.place(place % len(self)))
 
     def hashes(self) -> np.ndarray:
         """(rows,) uint64: `hash_text` of every path, mixed with the number of the copy where a path comes again."""
+        found = self._hashes()
+        return found if self.places is None else found[self.places - self.first]
+
+    def _hashes(self) -> np.ndarray:
         found = self.table.maps.hashes[self.first : self.last]
         copies = np.flatnonzero(found[1:] == found[:-1]) + 1
         if len(copies):

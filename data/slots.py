@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from core.slots import Data
 
@@ -62,6 +62,16 @@ class FrameFolders(Data):
 class CaptionedVideos(Data):
     """Captioned video files in the manner of WebVid: a table of captions and paths, or a folder of videos."""
 
+    since: ClassVar[dict[str, Any]] = {
+        "missing": "replace",
+        "max_samples": None,
+        "subset": "random",
+        "subset_seed": 0,
+        "short_clips": "reject",
+        "horizontal_flip": 0.0,
+        "flip_sided": False,
+    }
+
     root: Path | None = None
     """Folder of the videos. None: small synthetic clouds with captions, made on first use."""
     annotations: Path | None = None
@@ -80,18 +90,33 @@ class CaptionedVideos(Data):
     """The split of validation, unless it has data of its own."""
     held_out_share: float = 0.05
     """Where nothing on disk is split: the share of the videos that is held out, by a hash of their paths."""
+    missing: Literal["replace", "leave_out"] = "replace"
+    """Rows whose file is not there. replace: bad samples when they are read; leave_out: found at the start, counted."""
+    max_samples: int | None = None
+    """Train on exactly this many rows, or on all where there are fewer; held-out ones are not counted. None: all."""
+    subset: Literal["random", "head"] = "random"
+    """max_samples: those lowest by a hash of their paths, so that more include fewer; or the first rows of the table.
+    """
+    subset_seed: int = 0
+    """subset random: another seed, another subset."""
     num_frames: int = 16
     """Frames of a clip, in pixels' time."""
     frame_stride: int = 1
     """Take every this many frames, of the file or of fps."""
     fps: float | None = None
     """Frames a second before the stride, by time stamp. None: as the file has them."""
+    short_clips: Literal["reject", "stretch"] = "reject"
+    """Videos shorter than a clip. reject: bad samples, counted; stretch: their whole length, spread over the clip."""
     resolution: int | tuple[int, int] = 256
     """Height and width of a clip; one number for a square."""
     spatial_transform: Literal["center_crop_resize", "random_crop_resize", "resize", "random_crop", "none"] = (
         "center_crop_resize"
     )
     """…_crop_resize: as small as covers the resolution, then one crop; resize: squashed; random_crop: not resized."""
+    horizontal_flip: float = 0.0
+    """Probability that a training clip is mirrored, all its frames together."""
+    flip_sided: bool = False
+    """Mirror also clips whose captions speak of sides: left, right, clockwise."""
     decoder: Literal["decord", "pyav"] = "decord"
     """decord: where it finds frames exactly, else PyAV; pyav: always, which also refuses damaged frames."""
     max_bad_share: float = 0.05
@@ -105,7 +130,9 @@ class CaptionedVideos(Data):
             self.refuse("resolution", "must be at least 1")
         if self.fps is not None and self.fps <= 0:
             self.refuse("fps", "must be above 0")
-        for name in ("max_bad_share", "held_out_share"):
+        if self.max_samples is not None and self.max_samples < 1:
+            self.refuse("max_samples", "must be at least 1, or None for all")
+        for name in ("max_bad_share", "held_out_share", "horizontal_flip"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 self.refuse(name, "must be in [0, 1]")
         if self.layout == "folder" and self.annotations is not None:
@@ -117,7 +144,7 @@ class CaptionedVideos(Data):
         return CaptionedClips(self)
 
     def held_out(self) -> Self:
-        return self.but(split=self.held_out_split)
+        return self.but(split=self.held_out_split, max_samples=None, horizontal_flip=0.0)
 
     def clip_shape(self) -> tuple[int, int, int]:
         sides = self.resolution if isinstance(self.resolution, tuple) else (self.resolution, self.resolution)

@@ -43,6 +43,10 @@ class Unreadable(Exception):
     """A video that cannot be decoded as asked; the message is the reason, without the file's name."""
 
 
+class TooShort(Unreadable):
+    """A video that has fewer frames, or seconds, than a clip."""
+
+
 class Packets(NamedTuple):
     """What a file's packets say. `stamps`: (frames,) int64 presentation stamps in order, in units of `unit` seconds;
     `keys`: those of key frames. `stamps` is just 0, 1, … where the file has none (`stamped` is False).
@@ -146,18 +150,46 @@ def _closed(rows: list[tuple[int, bool, bool]]) -> bool:
 # ---- which frames ---------------------------------------------------------------------------------------------------
 
 
-def choose(times: np.ndarray, count: int, stride: int, fps: float | None, rng: np.random.Generator) -> np.ndarray:
+def choose(
+    times: np.ndarray, count: int, stride: int, fps: float | None, rng: np.random.Generator, *, stretch: bool = False
+) -> np.ndarray:
     """(count,) indices of a clip's frames, from a start that is drawn uniformly among those that leave room.
 
     fps None: every `stride`-th frame as the file has them. Otherwise the clip's clock ticks `fps` times a second, the
     clip has every `stride`-th tick, and a tick shows the frame that a player would show then: frames repeat where the
-    file is slower. Raises Unreadable when the video is too short.
+    file is slower. Raises Unreadable when the video is too short, unless `stretch`: then its whole length is spread
+    over the clip, at a rate of its own.
     """
+    try:
+        return _with_room(times, count, stride, fps, rng)
+    except TooShort:
+        if not stretch:
+            raise
+        return _spread(times, count, fps)
+
+
+def _spread(times: np.ndarray, count: int, fps: float | None) -> np.ndarray:
+    """From the first frame to the last: evenly by number, cut to whole ones (AnimateDiff sheet §4.1), or by clock."""
+    if fps is None:
+        return np.linspace(0, len(times) - 1, count, dtype=np.int64)
+    return np.searchsorted(times, np.linspace(0.0, times[-1], count) + _early(times, fps), side="right") - 1
+
+
+def _early(times: np.ndarray, fps: float) -> float:
+    """Seconds by which a frame may come too late: time stamps are rounded, in Matroska to a millisecond."""
+    return min(_between(times), 1 / fps) / 4
+
+
+def _between(times: np.ndarray) -> float:
+    """Seconds from frame to frame."""
+    return float(np.median(np.diff(times))) if len(times) > 1 else 0.0
+
+
+def _with_room(times: np.ndarray, count: int, stride: int, fps: float | None, rng: np.random.Generator) -> np.ndarray:
     if fps is None:
         steps = stride * np.arange(count)
         return _draw(len(times) - int(steps[-1]), len(times), steps[-1] + 1, rng) + steps
-    between = float(np.median(np.diff(times))) if len(times) > 1 else 0.0
-    early = min(between, 1 / fps) / 4  # time stamps are rounded, in Matroska to a millisecond
+    between, early = _between(times), _early(times, fps)
     ticks = np.arange(count) * stride / fps
     starts = int(np.searchsorted(times, times[-1] + between - early - ticks[-1], side="left"))
     if count == 1:
@@ -169,7 +201,7 @@ def choose(times: np.ndarray, count: int, stride: int, fps: float | None, rng: n
 def _draw(starts: int, has: float, needs: float, rng: np.random.Generator) -> int:
     if starts < 1:
         unit = "frames" if isinstance(has, int) else "s"
-        raise Unreadable(f"is too short: it has {has:.4g} {unit}, and a clip covers {needs:.4g}")
+        raise TooShort(f"is too short: it has {has:.4g} {unit}, and a clip covers {needs:.4g}")
     return int(rng.integers(0, starts))
 
 

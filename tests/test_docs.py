@@ -150,6 +150,7 @@ def _parse(verb: str, what: str = "", *flags: str) -> None:
     from core.build import check_batch
     from core.cli import parse
     from core.slots import Launch
+    from core.verbs.data import CheckFlags
     from core.verbs.data import read as read_data
     from core.verbs.flags import DoctorFlags, EvalFlags, MeasureFlags, SampleFlags, StoreFlags, UiFlags
     from core.verbs.weights_words import read as read_weights
@@ -171,6 +172,8 @@ def _parse(verb: str, what: str = "", *flags: str) -> None:
         case "weights":
             *_, given = read_weights([what, *flags])
             assert not getattr(given, "recipe", None) or get(given.recipe)
+        case "data" if what == "check":
+            parse(flags[1:], get(flags[0]), CheckFlags())
         case "data":
             read_data([what, *flags])
         case "diff":
@@ -205,7 +208,8 @@ def _known_names() -> set[str]:
     from core.slots import DPMSolverMultistep, Launch
     from core.swap import spots
     from core.verbs.data import FLAGS
-    from core.verbs.flags import DoctorFlags, EvalFlags, ExportFlags, ImportFlags, MeasureFlags, SampleFlags, UiFlags
+    from core.verbs.flags import DoctorFlags, EvalFlags, MeasureFlags, SampleFlags, UiFlags
+    from core.verbs.weights_words import FLAGS as WEIGHTS
     from registry import get, names
 
     parts = [
@@ -215,9 +219,7 @@ def _known_names() -> set[str]:
         MeasureFlags(),
         UiFlags(),
         DoctorFlags(),
-        ImportFlags(),
-        ExportFlags(),
-        *(kind() for kind in FLAGS.values()),
+        *(kind() for kind in (*WEIGHTS.values(), *FLAGS.values())),
     ]
     parts += [get(name, "--validation.data=FrameFolders", "--optim.ema=EMA") for name in names()]
     parts += [get("lvdm-short-sky-tiny", "--data=Base64Parts")]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal
 
 from core.slots.slot import Slot
+
+REPO = r"(\w[\w.-]*/)?\w[\w.-]*"
+"""A repository on the hub, as far as its form goes."""
 
 
 class Launch(Slot):
@@ -37,6 +41,16 @@ class Launch(Slot):
     """auto: CUDA where there is one."""
     store: str | None = None
     """MLflow tracking URI. Default: $MLFLOW_TRACKING_URI, else sqlite:///runs/mlflow.db."""
+    push_to_hub: Literal["none", "last", "all"] = "none"
+    """Upload weights to the Hugging Face hub in the background. last: the newest checkpoint's in the place of the one
+    before; all: those of every checkpoint, each in a folder. The token is the environment's HF_TOKEN.
+    """
+    hub_repo: str | None = None
+    """Repository on the hub, NAMESPACE/NAME; it is made if it is not there."""
+    hub_private: bool = False
+    """The repository is private; nothing goes to one that is public."""
+    hub_wait: float = 600.0
+    """Seconds that the end of the run waits for uploads."""
     dry_run: bool = False
     """Build on the meta device and print modules, parameters, memory and steps; needs neither weights nor data."""
     debug: bool = False
@@ -48,6 +62,14 @@ class Launch(Slot):
         for name in ("grace", "timeout"):
             if getattr(self, name) <= 0:
                 self.refuse(name, "must be positive")
+        if self.hub_wait < 0:
+            self.refuse("hub_wait", "must not be negative")
+        if self.push_to_hub != "none" and self.hub_repo is None:
+            self.refuse("push_to_hub", "say where to: --hub-repo NAMESPACE/NAME")
+        if self.hub_repo is not None and self.push_to_hub == "none":
+            self.refuse("hub_repo", "say what goes there: --push-to-hub last, or all")
+        if self.hub_repo is not None and not re.fullmatch(REPO, self.hub_repo):
+            self.refuse("hub_repo", "expected NAMESPACE/NAME, of letters, digits, dots, dashes and underscores")
         if self.max_restarts < 0:
             self.refuse("max_restarts", "must not be negative")
         if self.resume and self.resume != "auto" and self.init_from:

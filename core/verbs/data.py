@@ -1,4 +1,6 @@
-"""The verb `data`: parts of captioned pictures made, listed and converted. What does the work is handed in."""
+"""The verb `data`: parts of captioned pictures made, listed and converted; a recipe's data read and counted. What does
+the work is handed in.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ from typing import Any, NamedTuple
 
 from core.cli import parse
 from core.errors import UserError, did_you_mean
+from core.slots import Recipe
 from core.verbs.flags import VerbFlags
 
 SHOWN = 5  # skipped records that are named
@@ -65,28 +68,46 @@ class ConvertFlags(VerbFlags):
             self.refuse("records", "must be at least 1")
 
 
+class CheckFlags(VerbFlags):
+    """Flags of `data check`, beside the recipe's."""
+
+    samples: int | None = 256
+    """Samples that are read, of the training data and of the held-out ones. None: every one."""
+
+    def check(self) -> None:
+        if self.samples is not None and self.samples < 1:
+            self.refuse("samples", "must be at least 1, or None for every one")
+
+
 class Work(NamedTuple):
     """What the verb is handed.
 
     `make(out, …)` yields name and records of each part; `write_lists(folder, to, …)` gives the list of lists and the
     number of parts; `convert(list, root, format, to, records)` gives the shards that it yields and the records that it
-    skipped.
+    skipped; `check(dataset, seed, count)` reads samples and counts; `get` makes a recipe of its name.
     """
 
     make: Callable[..., Iterable[tuple[str, int]]]
     write_lists: Callable[..., tuple[Path, int]]
     convert: Callable[..., tuple[Iterable[tuple[str, int]], list[tuple[str, str]]]]
+    check: Callable[[Any, int, int | None], Any]
+    get: Callable[[str], Recipe]
 
 
-FLAGS: dict[str, type[VerbFlags]] = {"make": MakeFlags, "list": ListFlags, "convert": ConvertFlags}
+FLAGS: dict[str, type[VerbFlags]] = {
+    "make": MakeFlags,
+    "list": ListFlags,
+    "convert": ConvertFlags,
+    "check": CheckFlags,
+}
 
 
 def read(words: list[str]) -> tuple[str, str, Any]:
     """What is to be done, to what, and the flags. Raises UserError."""
     what, where, *rest = words
     if what not in FLAGS:
-        raise UserError(f"data {what}: unknown{did_you_mean(what, FLAGS)}; make, list or convert")
-    if what != "convert" and where != "laion":
+        raise UserError(f"data {what}: unknown{did_you_mean(what, FLAGS)}; make, list, convert or check")
+    if what in ("make", "list") and where != "laion":
         raise UserError(f"data {what} {where}: only laion can be made and listed{did_you_mean(where, ['laion'])}")
     folder = rest.pop(0) if what == "list" and rest and not rest[0].startswith("-") else where
     (flags,) = parse(rest, FLAGS[what]())
@@ -95,6 +116,9 @@ def read(words: list[str]) -> tuple[str, str, Any]:
 
 def data(words: list[str], work: Work) -> int:
     """Do what the words say."""
+    if words[0] == "check":
+        recipe, flags = parse(words[2:], work.get(words[1]), CheckFlags())
+        return _check(recipe, flags, work)
     what, where, flags = read(words)
     do: dict[str, Callable[[Path, Any, Work], int]] = {"make": _make, "list": _list, "convert": _convert}
     return do[what](Path(where).expanduser(), flags, work)
@@ -129,6 +153,28 @@ def _convert(where: Path, flags: ConvertFlags, work: Work) -> int:
     for name, reason in skipped[:SHOWN]:
         print(f"  {name}: {reason}")
     return 0
+
+
+def _check(recipe: Recipe, flags: CheckFlags, work: Work) -> int:
+    """Both parts of a recipe's data; 1 where more of them are bad than a run would bear."""
+    worst = 0
+    for part, slot in (("training", recipe.data), ("held out", recipe.validation_data)):
+        dataset = slot.build()
+        described = dataset.describe()
+        print(f"{recipe.name}, {part}: {described.pop('samples'):,} samples")
+        for name, value in described.items():
+            print(f"  {name}: {value}")
+        found = work.check(dataset, recipe.loop.seed, flags.samples)
+        limit = getattr(slot, "max_bad_share", 0.0)
+        print(
+            f"  read: {found.read:,}, bad: {found.bad.total():,} ({found.share():.1%}; a run stops above {limit:.1%})"
+        )
+        for kind, count in found.bad.most_common():
+            print(f"    {count:,} {kind}, the first: {found.examples[kind]}")
+        if found.captions["captions"]:
+            print(f"  captions: {found.captions['empty']:,} empty, {found.captions['sided']:,} speak of sides")
+        worst = max(worst, int(found.share() > limit))
+    return worst
 
 
 def _told(folder: Path, written: Iterable[tuple[str, int]]) -> int:

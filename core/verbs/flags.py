@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from core.slots.launch import REPO
 from core.slots.sampler import DDIM, Sampler
 from core.slots.slot import Slot
 
@@ -226,6 +228,29 @@ class ImportFlags(VerbFlags):
     def check(self) -> None:
         if self.ema and self.raw:
             self.refuse("ema", "give --ema or --raw, not both")
+
+
+class PushFlags(StoreFlags):
+    """Flags of `weights push`."""
+
+    repo: str | None = None
+    """Repository on the hub, NAMESPACE/NAME; it is made if it is not there."""
+    private: bool = False
+    """The repository is private; nothing goes to one that is public."""
+    every: bool = False
+    """Of a run: every checkpoint there is, each in a folder of its own, and the newest at the root too."""
+    inside: str | None = None
+    """Folder in the repository. None: its root."""
+    raw: bool = False
+    """Push the weights as they are, not their moving average (EMA)."""
+
+    def check(self) -> None:
+        if self.repo is not None and not re.fullmatch(REPO, self.repo):
+            self.refuse("repo", "expected NAMESPACE/NAME, of letters, digits, dots, dashes and underscores")
+        if self.inside is not None and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", self.inside):
+            self.refuse("inside", "expected a folder of letters, digits, dots, dashes and underscores")
+        if self.inside and self.every:
+            self.refuse("inside", "--every names the folders itself")
 
 
 class ExportFlags(StoreFlags):

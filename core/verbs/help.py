@@ -84,23 +84,25 @@ VERBS = {
     ),
     "weights": Verb(
         "info PATH [--json] | import PATH --to DIR [--as unet|vae] [--for RECIPE] [--ema] [--partial]\n"
-        "       | export RUN --to DIR [--raw]",
-        "info, import or export, and a path or a run",
+        "       | export RUN --to DIR [--raw] | push RUN_OR_FOLDER --repo NAMESPACE/NAME [--private] [--every]",
+        "info, import, export or push, and a path or a run",
         "What a checkpoint of others holds (info), the same as diffusers folders that recipes open (import), and the\n"
-        "networks of a run as diffusers folders (export).\n"
+        "networks of a run as diffusers folders (export), also to the Hugging Face hub (push; the token is HF_TOKEN).\n"
         "PATH is a file (.safetensors, .ckpt, .pt, .bin, .pdparams), a folder, a hub id or run:<id>. Nothing in it is\n"
         "executed.",
         "python -m registry weights info shipped:lvdm-video-vae-tiny",
     ),
     "data": Verb(
         "make laion --out DIR [--records N] [--parts N] [--pictures FOLDER]\n"
-        "       | list laion FOLDER [--to DIR] | convert LIST --to DIR [--records N]",
-        "make, list or convert, and what",
-        "Make, list and convert parts of captioned pictures (Base64Parts).\n"
+        "       | list laion FOLDER [--to DIR] | convert LIST --to DIR [--records N]\n"
+        "       | check NAME [overrides] [--samples N]",
+        "make, list, convert or check, and what",
+        "Make, list and convert parts of captioned pictures (Base64Parts); read a recipe's data and count (check).\n"
         "make laion writes part-00000.gz, …, of synthetic pictures or of those in a folder; list laion writes lists\n"
         "of the parts below a folder; convert turns the parts of a list, a folder or a glob into tar shards\n"
-        "(webdataset).\n"
-        "`data make --help`, `data list --help` and `data convert --help` list the flags.",
+        "(webdataset). check says what is left out and why, and what of N samples cannot be read; exit code 1 where\n"
+        "a run would stop.\n"
+        "`data make --help`, `data list --help`, `data convert --help` and `data check --help` list the flags.",
         "python -m registry data make laion --out datasets/laion-try --records 200",
     ),
     "sync": Verb(

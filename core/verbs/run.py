@@ -58,7 +58,7 @@ def spawn(recipe: Recipe, launch: Launch, argv: Sequence[str]) -> int:
     """Start the same command on `nproc` processes of this machine. Returns the exit code."""
     from core.preflight import preflight
 
-    preflight(recipe)
+    preflight(recipe, launch)
     return torchrun(launch.nproc, argv, launch.max_restarts)
 
 

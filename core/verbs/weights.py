@@ -174,18 +174,24 @@ def export(where: str, *, to: Path | None, raw: bool, store: str | None) -> int:
         raise UserError(f"--to {to} is not empty: name another folder")
     where, averaged = split_kind(where)
     found = _checkpoint(where, store)
+    wanted = write_export(found, to, raw=raw or averaged is False)
+    print(f"{to}: {', '.join(sorted(p.name for p in to.iterdir()))}, {'averaged' if wanted else 'raw'}, from {found}")
+    return 0
+
+
+def write_export(found: Path, to: Path, *, raw: bool) -> bool:
+    """Write the networks of a checkpoint, and its recipe. Returns whether they are the moving average."""
     recipe = read(_recipe_of(found))
     here = Ranks(torch.device("cpu"), 0, 1, None)
     system = recipe.system.build()
     load_frozen(recipe, system)
     for _, line in changed(noted(found), prints(recipe, system)):
         print(f"note: {line}; the export holds the new ones", file=sys.stderr)
-    wanted = recipe.optim.ema is not None and not raw and averaged is not False
+    wanted = recipe.optim.ema is not None and not raw
     load_trained(system, found, here, averaged=wanted)
     system.export(to, {name: module.state_dict() for name, module in system.trained.items()})
     (to / FILE_NAME).write_text(dump(recipe))
-    print(f"{to}: {', '.join(sorted(p.name for p in to.iterdir()))}, {'averaged' if wanted else 'raw'}, from {found}")
-    return 0
+    return wanted
 
 
 def _checkpoint(where: str, store: str | None) -> Path:

@@ -22,6 +22,8 @@ PARTS = {
     "text_encoder": ("cond_stage_model.transformer.", "cond_stage_model.", "text_encoder."),
 }
 """Networks of a full checkpoint: LDM's and LVDM's attributes, then PaddleMIX's and this project's."""
+INDEX = "model_index.json"
+"""Beside the folders of a stock pipeline: its class and theirs."""
 FOLDERS = {"vae": ("vae", "vqvae"), "text_encoder": ("text_encoder", "bert")}
 """Folders of a network in a pipeline: this project's, and those of LDM's pipelines where they are others."""
 AVERAGES = ("model_ema.", "ema_model.", "ema_state_dict.", "ema.")

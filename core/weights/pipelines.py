@@ -14,8 +14,7 @@ from torch import Tensor
 from core.slots import Diffusion, FrameVAE, LDMBert, LDMUNet
 from core.weights.folder import NAME, write_weights
 from core.weights.lazy import Lazy, safetensors
-
-INDEX = "model_index.json"
+from core.weights.names import INDEX
 
 
 @dataclass(frozen=True)
