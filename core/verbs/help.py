@@ -83,11 +83,12 @@ VERBS = {
         "python -m registry measure-latents lvdm-short-sky-tiny",
     ),
     "weights": Verb(
-        "info PATH [--json] | import PATH --to DIR [--as unet|vae] [--for RECIPE] [--ema] [--partial]\n"
-        "       | export RUN --to DIR [--raw]",
-        "info, import or export, and a path or a run",
+        "info PATH [--json] | import PATH --to DIR [--as unet|vae] [--for RECIPE] [--ema] [--partial] [--alpha A]\n"
+        "       | export RUN --to DIR [--raw] [--layout LAYOUT] | merge ADAPTER LORA --to DIR [--replace-if-exists]",
+        "info, import, merge or export, and a path or a run",
         "What a checkpoint of others holds (info), the same as diffusers folders that recipes open (import), and the\n"
-        "networks of a run as diffusers folders (export).\n"
+        "networks of a run as diffusers folders (export). merge folds a LoRA into motion modules; --layout writes\n"
+        "motion modules or a LoRA, of a run or a PATH, as other programs open them.\n"
         "PATH is a file (.safetensors, .ckpt, .pt, .bin, .pdparams), a folder, a hub id or run:<id>. Nothing in it is\n"
         "executed.",
         "python -m registry weights info shipped:lvdm-video-vae-tiny",
