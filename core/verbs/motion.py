@@ -12,10 +12,10 @@ from core.weights.adapters import (
     merged,
     open_adapter,
     taken_from,
-    whole_folder,
     write_adapter,
     write_layout,
 )
+from core.weights.folder import whole_folder
 from core.weights.load import locate
 from core.weights.lora import LORA_NAME, Lora, lora_at, needs_merging, read_lora, refuse_unfit, write_lora
 from core.weights.names import some

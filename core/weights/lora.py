@@ -92,8 +92,10 @@ class Lora:
 
 def lora_at(path: Path) -> Path | None:
     """The file of a LoRA at `path`: a file with such names, a folder of diffusers or PEFT, or SWIFT's, which has it in
-    `default/`. None where it is something else.
+    `default/`. None where it is something else, a network with a LoRA in it too.
     """
+    if (path / "state.json").is_file():
+        return None
     if path.is_dir():
         for folder in (path, path / "default"):
             found = next((folder / name for name in FILES if (folder / name).is_file()), None)
@@ -103,7 +105,8 @@ def lora_at(path: Path) -> Path | None:
         return lora_at(suffixed[0]) if len(suffixed) == 1 else None
     if path.suffix == ".pdparams" or not path.is_file():
         return None
-    return path if any(_parsed(name) for name in open_stored(path).tensors) else None
+    names = open_stored(path).tensors
+    return path if any(map(_parsed, names)) and not any(".base_layer." in name for name in names) else None
 
 
 def read_lora(path: Path, alpha: float | None = None) -> Lora:

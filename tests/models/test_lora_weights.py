@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 
 import registry
 from core.errors import UserError
+from core.verbs.weights import describe
 from core.weights.adapters import merged, open_adapter, taken_from, write_layout
 from core.weights.folder import whole_folder
-from core.weights.lora import LORA_NAME, read_lora
+from core.weights.lora import LORA_NAME, lora_at, read_lora
 from core.weights.motion import to_original
 from tests.models.tiny_motion import (
     ALL,
@@ -131,6 +132,14 @@ def test_every_layout_is_imported_with_its_alpha_and_opens_in_the_stock_pipeline
     assert _weights("import", tmp_path / "in", "--to", tmp_path / "out") == 0, capsys.readouterr().err
     assert "scale 4" in capsys.readouterr().out
     assert (tmp_path / "out" / "lora" / LORA_NAME).read_bytes() == opened
+
+
+def test_info_tells_a_lora_from_a_network_and_from_a_network_with_one_in_it(unet, tmp_path):
+    _swift(unet, tmp_path / "lora")
+    (told,) = describe(str(tmp_path / "lora"))
+    assert [n["network"] for n in told["networks"]] == ["LoRA"] and told["tensors"] == len(lora_state(unet))
+    save_file({n: t.clone() for n, t in unet.state_dict().items()}, tmp_path / "both.safetensors")
+    assert lora_at(tmp_path / "lora") and lora_at(tmp_path / "both.safetensors") is None
 
 
 def test_alphas_ranks_and_scaling_that_differ_by_layer_are_kept(tmp_path):

@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from diffusers import MotionAdapter
+from diffusers import MotionAdapter, UNetMotionModel
 from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 from safetensors.torch import load_file, save_file
 
@@ -14,6 +14,7 @@ from core.errors import UserError
 from core.verbs.weights import describe
 from core.weights.adapters import open_adapter, taken_from, write_layout
 from core.weights.fit import in_layout_of, load_strict
+from core.weights.importer import import_weights
 from core.weights.lazy import lazily
 from core.weights.motion import from_original, named, original, positions, to_original, version
 from tests.models.tiny_motion import adapter, frames, motion_unet, pipeline
@@ -183,6 +184,20 @@ def test_of_a_pipeline_the_motion_modules_are_those_of_its_unet(tmp_path, capsys
     assert _import(tmp_path / "pipe", "--to", tmp_path / "out") == 0, capsys.readouterr().err
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["motion_adapter"]
     _equal(MotionAdapter.from_pretrained(tmp_path / "out" / "motion_adapter").state_dict(), adapter(11).state_dict())
+
+
+def test_the_unet_of_a_recipe_says_what_shapes_do_not_and_is_imported_whole(tmp_path):
+    save_file(_original(adapter()), tmp_path / "mm.safetensors")
+    with torch.device("meta"):
+        unet = UNetMotionModel.from_config(motion_unet().config)
+    (one,) = import_weights(tmp_path / "mm.safetensors", tmp_path / "a", modules={"unet": unet})
+    opened = MotionAdapter.from_pretrained(one.folder)
+    assert (opened.config.motion_norm_num_groups, opened.config.motion_num_attention_heads) == (2, 4)
+    _equal(opened.state_dict(), adapter().state_dict())
+    motion_unet().save_pretrained(tmp_path / "whole")
+    (one,) = import_weights(tmp_path / "whole", tmp_path / "b", modules={"unet": unet})
+    assert (one.component, one.network, one.left) == ("unet", "UNetMotionModel", 0)
+    _equal(UNetMotionModel.from_pretrained(one.folder).state_dict(), motion_unet().state_dict())
 
 
 def test_a_live_unet_gives_its_adapter(tmp_path, expected):
