@@ -214,7 +214,7 @@ class ImportFlags(VerbFlags):
 
     to: Path | None = None
     """Folder to write; each network gets a folder of its own in it."""
-    component: Literal["unet", "vae", "text_encoder"] | None = None
+    component: Literal["unet", "vae", "text_encoder", "motion_adapter"] | None = None
     """Also --as. The one network to import. None: all that are recognised."""
     recipe: str | None = None
     """Also --for. The recipe whose networks these are. None: told by names and shapes of the tensors."""
@@ -224,10 +224,32 @@ class ImportFlags(VerbFlags):
     """Take the weights as they are. This is the default."""
     partial: bool = False
     """Import what fits; what is missing or misshapen stays fresh."""
+    alpha: float | None = None
+    """Of a LoRA: its alpha (scale = alpha / rank). None: as its file or the configuration beside it says."""
 
     def check(self) -> None:
         if self.ema and self.raw:
             self.refuse("ema", "give --ema or --raw, not both")
+        _positive(self)
+
+
+def _positive(flags: ImportFlags | MergeFlags | ExportFlags) -> None:
+    if flags.alpha is not None and flags.alpha <= 0:
+        flags.refuse("alpha", "must be positive")
+
+
+class MergeFlags(VerbFlags):
+    """Flags of `weights merge`."""
+
+    to: Path | None = None
+    """Folder to write, which MotionAdapter.from_pretrained opens."""
+    replace_if_exists: bool = False
+    """Replace the MotionAdapter folder that is there."""
+    alpha: float | None = None
+    """Alpha of the LoRA (scale = alpha / rank). None: as its file or the configuration beside it says."""
+
+    def check(self) -> None:
+        _positive(self)
 
 
 class PushFlags(StoreFlags):
@@ -260,3 +282,14 @@ class ExportFlags(StoreFlags):
     """Folder to write; it must be new or empty."""
     raw: bool = False
     """Write the weights as they are, not their moving average (EMA)."""
+    layout: Literal["adapter", "comfyui", "lora", "motion-lora", "comfyui-lora"] | None = None
+    """Of motion modules: adapter (folder of a MotionAdapter, a LoRA folded in) or comfyui (one file in the original's
+    names). Of a LoRA: lora (diffusers, with its alpha), motion-lora or comfyui-lora (layouts of the released
+    MotionLoRAs). None: the folders of a pipeline."""
+    alpha: float | None = None
+    """With --layout, of a LoRA's file that does not say it: its alpha."""
+
+    def check(self) -> None:
+        _positive(self)
+        if self.alpha is not None and self.layout is None:
+            self.refuse("alpha", "goes with --layout")

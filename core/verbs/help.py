@@ -83,11 +83,14 @@ VERBS = {
         "python -m registry measure-latents lvdm-short-sky-tiny",
     ),
     "weights": Verb(
-        "info PATH [--json] | import PATH --to DIR [--as unet|vae] [--for RECIPE] [--ema] [--partial]\n"
-        "       | export RUN --to DIR [--raw] | push RUN_OR_FOLDER --repo NAMESPACE/NAME [--private] [--every]",
-        "info, import, export or push, and a path or a run",
+        "info PATH [--json] | import PATH --to DIR [--as unet|vae] [--for RECIPE] [--ema] [--partial] [--alpha A]\n"
+        "       | export RUN --to DIR [--raw] [--layout LAYOUT] | merge ADAPTER LORA --to DIR [--replace-if-exists]\n"
+        "       | push RUN_OR_FOLDER --repo NAMESPACE/NAME [--private] [--every]",
+        "info, import, merge, export or push, and a path or a run",
         "What a checkpoint of others holds (info), the same as diffusers folders that recipes open (import), and the\n"
         "networks of a run as diffusers folders (export), also to the Hugging Face hub (push; the token is HF_TOKEN).\n"
+        "merge folds a LoRA into motion modules; --layout writes motion modules or a LoRA, of a run or a PATH, as other\n"
+        "programs open them.\n"
         "PATH is a file (.safetensors, .ckpt, .pt, .bin, .pdparams), a folder, a hub id or run:<id>. Nothing in it is\n"
         "executed.",
         "python -m registry weights info shipped:lvdm-video-vae-tiny",

@@ -18,12 +18,14 @@ from core.fingerprint import changed, noted, prints
 from core.outputs import checkpoint_of, find_run
 from core.recipe_file import FILE_NAME, dump, read
 from core.slots import Recipe
+from core.verbs.motion import export_files, import_lora, motion_of, print_layout
 from core.verbs.printing import columns
 from core.verbs.sample import load_trained
 from core.weights.fit import in_layout_of, misfit
 from core.weights.importer import Imported, groups, import_weights, stored_in
 from core.weights.lazy import Lazy
-from core.weights.load import locate, split_kind
+from core.weights.load import locate, names_run, split_kind
+from core.weights.lora import lora_at
 from core.weights.names import some, sort_out
 from core.weights.network import Network
 from core.weights.stored import Stored
@@ -131,18 +133,19 @@ def print_import(
     ema: bool,
     raw: bool,
     partial: bool,
+    alpha: float | None,
 ) -> int:
-    """Import the weights at `spec` into `to`, and print what became of each network."""
+    """Import the weights at `spec` into `to`, and print what became of each network. A LoRA is a file of its own."""
     if to is None:
         raise UserError("weights import: --to DIR says where the folder goes")
     spec, averaged = split_kind(spec)
+    path, modules = locate(spec, component or ""), networks_of(get(recipe)) if recipe else {}
+    if component is None and lora_at(path):
+        return import_lora(path, to, alpha, modules.get("unet"))
+    if alpha is not None:
+        raise UserError(f"weights import: --alpha is for a LoRA, and there is none at {path}")
     done = import_weights(
-        locate(spec, component or ""),
-        to,
-        only=component,
-        averaged=ema or (bool(averaged) and not raw),
-        partial=partial,
-        modules=networks_of(get(recipe)) if recipe else None,
+        path, to, only=component, averaged=ema or (bool(averaged) and not raw), partial=partial, modules=modules
     )
     for one in done:
         print("\n".join(_said(one)))
@@ -152,6 +155,8 @@ def print_import(
 def _said(one: Imported) -> Iterable[str]:
     kind = "moving average" if one.averaged else "raw weights"
     yield f"{one.component}: {one.tensors} tensors, {kind}, as {one.network} in {one.folder}"
+    if one.left:
+        yield f"  of the network around it {one.left} tensors were left"
     if any(one.wrong):
         yield f"  partial, what is missing or misshapen is fresh: {one.wrong}"
     if not one.has_constants:
@@ -164,15 +169,20 @@ def _said(one: Imported) -> Iterable[str]:
 # -------------------------------------------------------------------------------------------------------------- export
 
 
-def export(where: str, *, to: Path | None, raw: bool, store: str | None) -> int:
+def export(
+    where: str, *, to: Path | None, raw: bool, store: str | None, layout: str | None, alpha: float | None
+) -> int:
     """Write the networks of a run's newest checkpoint, or of the checkpoint folder `where`, as diffusers folders; the
-    averaged weights where there are some, unless `raw`.
+    averaged weights where there are some, unless `raw`. With a `layout` its motion modules or its LoRA alone; then
+    `where` may also be a file or folder of these.
     """
     if to is None:
         raise UserError("weights export: --to DIR says where the folders go")
     if to.is_dir() and any(to.iterdir()):
         raise UserError(f"--to {to} is not empty: name another folder")
     where, averaged = split_kind(where)
+    if layout is not None and not names_run(where):
+        return export_files(locate(where, ""), to, layout, alpha)
     found = _checkpoint(where, store)
     wanted = write_export(found, to, raw=raw or averaged is False)
     print(f"{to}: {', '.join(sorted(p.name for p in to.iterdir()))}, {'averaged' if wanted else 'raw'}, from {found}")
@@ -189,6 +199,8 @@ def write_export(found: Path, to: Path, *, raw: bool) -> bool:
         print(f"note: {line}; the export holds the new ones", file=sys.stderr)
     wanted = recipe.optim.ema is not None and not raw
     load_trained(system, found, here, averaged=wanted)
+    if layout is not None:
+        return print_layout(layout, to, *motion_of({**system.frozen, **system.trained}, layout))
     system.export(to, {name: module.state_dict() for name, module in system.trained.items()})
     (to / FILE_NAME).write_text(dump(recipe))
     return wanted

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from core.distributed import put
 from core.errors import UserError
 from core.weights.lazy import Lazy, State
+from core.weights.motion import placed
 from core.weights.names import some
 from core.weights.paddle import in_torch_layout, matrices
 
@@ -52,15 +53,19 @@ def refuse_misfit(module: nn.Module, state: Mapping[str, Tensor | Lazy]) -> None
 
 
 def in_layout_of(module: nn.Module, state: State, paddle: bool = False) -> dict[str, Lazy]:
-    """Tensors under the module's names in the layout of its layers: matrices of Paddle transposed, and kernels of 1 x 1
-    convolutions as matrices (or the reverse). What the module says it has no use for (as diffusers and transformers let
-    it) is left out.
+    """Tensors under the module's names in the layout of its layers: matrices of Paddle transposed, kernels of 1 x 1
+    convolutions as matrices (or the reverse), tables of positions in its length. What the module says it has no use for
+    (as diffusers and transformers let it) is left out.
     """
     own = {name: tuple(t.shape) for name, t in module.state_dict().items()}
     useless = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or []
     kept = {n: e for n, e in state.items() if n in own or not any(re.match(pattern, n) for pattern in useless)}
     named = in_torch_layout(kept, matrices(module)) if paddle else kept
-    return {name: _as_matrix(entry, own.get(name, entry.shape)) for name, entry in named.items()}
+    return {name: _as_own(name, entry, own.get(name, entry.shape)) for name, entry in named.items()}
+
+
+def _as_own(name: str, entry: Lazy, shape: tuple[int, ...]) -> Lazy:
+    return _as_matrix(placed(name, entry, shape), shape)
 
 
 def _as_matrix(entry: Lazy, shape: tuple[int, ...]) -> Lazy:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,8 +15,9 @@ from torch import nn
 
 from core.errors import UserError
 from core.weights.fit import Misfit, in_layout_of, misfit
-from core.weights.folder import write_folder
+from core.weights.folder import whole_folder, write_folder
 from core.weights.lazy import Lazy, lazy
+from core.weights.motion import COMPONENT
 from core.weights.names import component, part_of, parts, sort_out
 from core.weights.network import Network
 from core.weights.networks import recognised
@@ -45,6 +47,8 @@ class Imported:
     """With `partial`: what was missing or misshapen and is fresh now, and what was not used."""
     has_constants: bool
     """Whether scale and shift of the latents came with the weights (True where it is no autoencoder)."""
+    left: int
+    """Tensors of the network around it that were not taken."""
 
 
 def stored_in(path: Path) -> dict[str, Stored]:
@@ -98,7 +102,8 @@ def import_weights(
         chosen = {name: stored for name, stored in opened.items() if f"{name}_ema" not in opened}
     else:
         chosen = {name: stored for name, stored in opened.items() if not name.endswith("_ema")}
-    plans = [(name, part, stored) for name, stored in chosen.items() for part in _parts_of(name, stored, only)]
+    modules = modules or {}
+    plans = _plans(chosen, only, modules)
     if not plans:
         raise UserError(
             f"{path}: no {only or 'network'} in it that can be imported; `weights info` lists what there is"
@@ -109,7 +114,7 @@ def import_weights(
             f"{path}: no moving average in it of {' or '.join(part for _, part, _ in plans)}; leave out --ema"
         )
     done = [
-        _import_one(stored, part, to, kind, partial, modules or {})
+        _import_one(stored, part, to, kind, partial, modules)
         for (_, part, stored), kind in zip(plans, kinds, strict=True)
     ]
     _copy_tokenizer(path / "tokenizer", to / "tokenizer")
@@ -128,15 +133,39 @@ def _has_average(name: str, stored: Stored, part: str) -> bool:
     return any(p in (part, "") and kind and state for p, kind, state, _ in groups(name, stored))
 
 
-def _parts_of(name: str, stored: Stored, only: str | None) -> list[str]:
-    """Components to import from what was opened: all that are known, or `only` one, which names may leave open."""
-    found: dict[str, None] = {}
+def _plans(
+    opened: Mapping[str, Stored], only: str | None, modules: Mapping[str, nn.Module]
+) -> list[tuple[str, str, Stored]]:
+    """What to import: the name of its folder, the component, where it is. A MotionAdapter beside a UNet with motion
+    modules is left: what such a pipeline samples with are the UNet's.
+    """
+    found: dict[str, tuple[str, str, Stored]] = {}
+    for name, stored in opened.items():
+        for part, target in _parts_of(name, stored, only, modules).items():
+            if target not in found or part != target:
+                found[target] = (name, part, stored)
+    return list(found.values())
+
+
+def _parts_of(name: str, stored: Stored, only: str | None, modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Components to import from what was opened, and what they become: all that are known, or `only` one, which names
+    may leave open.
+    """
+    found: dict[str, str] = {}
     for part, _averaged, _state, network in groups(name, stored):
-        if only and part in (only, ""):
-            found[only] = None
+        target = _target(part, network, modules)
+        if only and only in (part, target):
+            found[part] = target
+        elif only and part == "":
+            found[only] = only
         elif not only and network is not None and network.kind is not None:
-            found[part] = None
-    return list(found)
+            found[part] = target
+    return found
+
+
+def _target(part: str, network: Network | None, modules: Mapping[str, nn.Module]) -> str:
+    """The component that a network becomes: itself, or the part that an import takes of it."""
+    return network.becomes if network and network.becomes and part not in modules else part
 
 
 def _import_one(
@@ -145,34 +174,48 @@ def _import_one(
     contents = sort_out(stored.tensors)
     found = component(contents, part, averaged and bool(contents.averaged))
     network = recognised(found)
-    renamed = network.rename(found) if network else found
-    module = modules.get(part) or _built(stored, part, renamed, network)
+    target = _target(part, network, modules)
+    named = network.rename(found) if network else found
+    takes = network.takes if network and target == network.becomes else ""
+    renamed = {name: entry for name, entry in named.items() if re.match(takes, name)}
+    module = modules.get(target) or _built(stored, part, renamed, network, modules)
     state = in_layout_of(module, renamed, stored.paddle)
     wrong = misfit(module, state)
     if any(wrong) and not partial:
         raise UserError(
-            f"{stored.path}: {part} does not fit {type(module).__name__} ({len(module.state_dict())} tensors): "
+            f"{stored.path}: {target} does not fit {type(module).__name__} ({len(module.state_dict())} tensors): "
             f"{wrong}. --partial imports what fits and leaves the rest fresh"
         )
-    folder = _fresh_folder(to / part)
-    write_folder(module, folder, _completed(module, state) if any(wrong) else state)
-    known = _keep_constants(module, folder, stored.config)
-    return Imported(part, type(module).__name__, folder, len(state), averaged, wrong, known)
+    folder = _fresh_folder(to / target)
+    with whole_folder(folder) as partly:
+        write_folder(module, partly, _completed(module, state) if any(wrong) else state)
+        known = _keep_constants(module, partly, stored.config)
+    left = len(named) - len(renamed)
+    return Imported(target, type(module).__name__, folder, len(state), averaged, wrong, known, left)
 
 
-def _built(stored: Stored, part: str, state: Mapping[str, Lazy], network: Network | None) -> nn.Module:
-    """The module on the meta device, its sizes from the stored config or from shapes."""
+def _built(
+    stored: Stored, part: str, state: Mapping[str, Lazy], network: Network | None, modules: Mapping[str, nn.Module]
+) -> nn.Module:
+    """The module on the meta device, its sizes from the stored config or from shapes; of motion modules without a
+    config those that no shape tells from the UNet of the recipe.
+    """
     if network is None or network.kind is None:
         why = f"it is {network.name}; {network.instead}" if network else "its names are those of no network known here"
         raise UserError(f"{stored.path}: {part or 'this'} cannot be imported, {why}; --for RECIPE says what it is")
     try:
         with torch.device("meta"):
-            return network.kind()(**network.arguments(state, stored.config))
+            return network.kind()(**network.arguments(state, stored.config or _around(network, modules)))
     except (KeyError, IndexError, ValueError, TypeError, StopIteration) as error:
         raise UserError(
             f"{stored.path}: {network.name}, but its sizes cannot be told ({type(error).__name__}: {error}); "
             "--for RECIPE says what it is"
         ) from None
+
+
+def _around(network: Network, modules: Mapping[str, nn.Module]) -> dict[str, Any]:
+    unet: Any = modules.get("unet") if COMPONENT in (network.component, network.becomes) else None
+    return dict(unet.config) if unet is not None else {}
 
 
 def _fresh_folder(folder: Path) -> Path:

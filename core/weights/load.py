@@ -50,6 +50,14 @@ def split_kind(spec: str) -> tuple[str, bool | None]:
     return spec.removeprefix(kind), KINDS.get(kind)
 
 
+def names_run(spec: str) -> bool:
+    """Whether `spec` names a run or one of its checkpoints, not weights of others."""
+    path = Path(spec).expanduser()
+    if spec.startswith("run:") or (RUN_ID.fullmatch(spec) and not path.exists()):
+        return True
+    return (path / "state.json").is_file() or ((path / "recipe.json").is_file() and (path / "checkpoints").is_dir())
+
+
 def read_component(
     where: str | Path, component: str, module: nn.Module | None = None
 ) -> tuple[dict[str, Lazy], dict[str, Any]]:

@@ -37,6 +37,10 @@ class Network:
     """The module's class, imported on demand."""
     instead: str = ""
     """Where it is not imported: what to do."""
+    takes: str = ""
+    """Of a network around another: what of it an import takes, as a regular expression at the start of names,"""
+    becomes: str = ""
+    """and the component that this is."""
     renamed_settings: tuple[tuple[str, str], ...] = ()
     """Other names that stored configs use for arguments of the constructor."""
 

@@ -7,7 +7,9 @@ import re
 from core.weights.autoencoder_kl import NETWORKS as AUTOENCODERS
 from core.weights.lazy import State
 from core.weights.ldm import NETWORKS as LDM
+from core.weights.lora import NETWORKS as LORA
 from core.weights.lvdm import NETWORKS as LVDM
+from core.weights.motion import NETWORKS as MOTION
 from core.weights.network import Network
 
 CLIP = Network(
@@ -17,7 +19,7 @@ CLIP = Network(
     instead="it is the stock one: hf download openai/clip-vit-large-patch14 --local-dir weights/clip",
 )
 
-NETWORKS: tuple[Network, ...] = (*LVDM, *LDM, *AUTOENCODERS, CLIP)
+NETWORKS: tuple[Network, ...] = (*LORA, *MOTION, *LVDM, *LDM, *AUTOENCODERS, CLIP)
 
 
 def recognised(state: State) -> Network | None:
