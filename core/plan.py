@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from core.build import parameter_groups
 from core.draw import Draw
+from core.models.partly import learnt, unlearnt
 from core.precision import autocast
 from core.slots import Recipe
 from core.systems import System
@@ -42,14 +43,15 @@ def plan(recipe: Recipe) -> Plan:
     """Build `recipe` on the meta device and count: parameters, and memory of one rank with `micro_batch` samples."""
     with torch.device("meta"):
         system = recipe.system.build()
-    rows = [_row(name, module, True) for name, module in system.trained.items()]
-    rows += [_row(name, module, False) for name, module in system.frozen.items()]
+    rows = [_row(name, module, learnt(module), True) for name, module in system.trained.items()]
+    rest = {name: (module, unlearnt(module)) for name, module in system.trained.items()}
+    rows += [_row(f"{name}, rest", module, tensors, False) for name, (module, tensors) in rest.items() if tensors]
+    rows += [_row(name, module, dict(module.named_parameters()), False) for name, module in system.frozen.items()]
     return Plan(modules=rows, memory=_memory(recipe, system), steps=_steps(recipe), batch=_batch(recipe))
 
 
-def _row(name: str, module: nn.Module, trained: bool) -> ModuleRow:
-    tensors = list(module.parameters())
-    return ModuleRow(name, type(module).__name__, sum(p.numel() for p in tensors), len(tensors), trained)
+def _row(name: str, module: nn.Module, tensors: Mapping[str, Tensor], trained: bool) -> ModuleRow:
+    return ModuleRow(name, type(module).__name__, sum(p.numel() for p in tensors.values()), len(tensors), trained)
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:
@@ -57,9 +59,8 @@ def _bytes(tensors: Sequence[Tensor]) -> int:
 
 
 def _memory(recipe: Recipe, system: System) -> dict[str, int]:
-    trained = list(system.trained.parameters())
-    frozen = [t for m in system.frozen.values() for t in m.parameters()]
-    weights = _bytes(trained)
+    frozen = [*unlearnt(system.trained).values(), *system.frozen.parameters()]
+    weights = _bytes(list(learnt(system.trained).values()))
     parts = {"weights, trained": weights, "weights, frozen": _bytes(frozen), "gradients": weights}
     parts["optimizer"] = _optimizer_bytes(recipe, system)
     if recipe.optim.ema:
@@ -71,7 +72,7 @@ def _memory(recipe: Recipe, system: System) -> dict[str, int]:
 def _optimizer_bytes(recipe: Recipe, system: System) -> int:
     """Counted on the optimizer's own state after one update on the meta device."""
     optimizer = recipe.optim.build(parameter_groups(system.trained, recipe.optim), fused=False)
-    for p in system.trained.parameters():
+    for p in learnt(system.trained).values():
         p.grad = torch.zeros_like(p)
     optimizer.step()
     state = [t for entry in optimizer.state.values() for t in entry.values() if isinstance(t, Tensor)]

@@ -15,6 +15,7 @@ from core.build import load_frozen
 from core.distributed import Ranks
 from core.errors import UserError
 from core.fingerprint import changed, noted, prints
+from core.models.partly import exported
 from core.outputs import checkpoint_of, find_run
 from core.recipe_file import FILE_NAME, dump, read
 from core.slots import Recipe
@@ -26,6 +27,7 @@ from core.weights.lazy import Lazy
 from core.weights.load import locate, split_kind
 from core.weights.names import some, sort_out
 from core.weights.network import Network
+from core.weights.start import load_start
 from core.weights.stored import Stored
 
 HEAD = ("network", "weights", "tensors", "parameters", "dtype", "what it is", "fits")
@@ -178,11 +180,12 @@ def export(where: str, *, to: Path | None, raw: bool, store: str | None) -> int:
     here = Ranks(torch.device("cpu"), 0, 1, None)
     system = recipe.system.build()
     load_frozen(recipe, system)
+    load_start(recipe, system.trained, frozen_alone=True)
     for _, line in changed(noted(found), prints(recipe, system)):
         print(f"note: {line}; the export holds the new ones", file=sys.stderr)
     wanted = recipe.optim.ema is not None and not raw and averaged is not False
     load_trained(system, found, here, averaged=wanted)
-    system.export(to, {name: module.state_dict() for name, module in system.trained.items()})
+    system.export(to, {name: exported(module) for name, module in system.trained.items()})
     (to / FILE_NAME).write_text(dump(recipe))
     print(f"{to}: {', '.join(sorted(p.name for p in to.iterdir()))}, {'averaged' if wanted else 'raw'}, from {found}")
     return 0

@@ -29,13 +29,15 @@ def write_folder(module: Any, folder: Path, state: Mapping[str, Tensor | Lazy]) 
     return write_weights(folder, stored(state), getattr(module, "weights_name", NAME))
 
 
-def write_weights(folder: Path, state: Mapping[str, Tensor | Lazy], name: str = NAME) -> Path:
+def write_weights(
+    folder: Path, state: Mapping[str, Tensor | Lazy], name: str = NAME, about: Mapping[str, str] | None = None
+) -> Path:
     """Write the weights alone, readable by everyone, one tensor at a time: safetensors' own writer holds all of them in
-    memory, and their bytes once more.
+    memory, and their bytes once more. `about` goes into the header.
     """
     entries = {n: t if isinstance(t, Lazy) else lazy(t) for n, t in state.items()}
     order = sorted(entries, key=lambda n: (-entries[n].dtype.itemsize, n))  # so that each is aligned
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"} | dict(about or {})}
     at = 0
     for n in order:
         size = entries[n].numel * entries[n].dtype.itemsize
