@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,10 @@ def _memory(recipe: Recipe, system: System) -> dict[str, int]:
     parts["optimizer"] = _optimizer_bytes(recipe, system)
     if recipe.optim.ema:
         parts["average"] = weights
+    again = largest_block(recipe, system) if recipe.loop.activation_checkpointing else 0
     parts["activations"] = activation_bytes(recipe, system)
+    if again:
+        parts["made again, one block"] = again
     return parts
 
 
@@ -86,31 +90,59 @@ def activation_bytes(recipe: Recipe, system: System) -> int:
     """
     from core.build import prepare_blocks
 
-    micro = recipe.loop.micro_batch
     prepare_blocks(system, recipe.loop.activation_checkpointing, compiled=False)
-    seen = {p.untyped_storage()._cdata for p in system.trained.parameters()}
-    kept: list[Tensor] = []
-    total = 0
+    return _saved(recipe, system)
 
-    def pack(tensor: Tensor) -> Tensor:
-        nonlocal total
+
+def largest_block(recipe: Recipe, system: System) -> int:
+    """What the block that keeps most keeps for its backward pass. Checkpointing makes it again, one block at a time."""
+    blocks: list[int] = []
+
+    def before(block: nn.Module, _: Any) -> None:
+        blocks.append(-counter.total)
+
+    def after(block: nn.Module, *_: Any) -> None:
+        blocks[-1] += counter.total
+
+    counter = _Counter(system)
+    handles = [
+        h for b in system.blocks() for h in (b.register_forward_pre_hook(before), b.register_forward_hook(after))
+    ]
+    _saved(recipe, system, counter)
+    for handle in handles:
+        handle.remove()
+    return max(blocks)
+
+
+class _Counter:
+    """Counts the storages that autograd saves, each once, without those of parameters."""
+
+    def __init__(self, system: System) -> None:
+        self.total = 0
+        self._seen = {p.untyped_storage()._cdata for p in system.trained.parameters()}
+        self._kept: list[Tensor] = []
+
+    def __call__(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in seen:
-            seen.add(storage._cdata)
-            kept.append(tensor)  # keeps the address from being used again
-            total += storage.nbytes()
+        if storage._cdata not in self._seen:
+            self._seen.add(storage._cdata)
+            self._kept.append(tensor)  # keeps the address from being used again
+            self.total += storage.nbytes()
         return tensor
 
+
+def _saved(recipe: Recipe, system: System, counter: _Counter | None = None) -> int:
+    counter, micro = counter or _Counter(system), recipe.loop.micro_batch
     places = list(range(micro))
     video = torch.empty(micro, 3, *recipe.data.clip_shape(), device="meta")
     batch = {"pixel_values": video, "caption": [""] * micro, "id": [""] * micro, "place": places}
     draw = Draw.training(0, 0, places, recipe.loop.global_batch, "meta")
     with (
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+        torch.autograd.graph.saved_tensors_hooks(counter, lambda t: t),
         autocast(recipe.loop.precision, torch.device("meta")),
     ):
         system.loss(batch, draw)
-    return total
+    return counter.total
 
 
 def _steps(recipe: Recipe) -> str:

@@ -149,8 +149,8 @@ def _with_parts_in(recipe: Recipe, folder: Path) -> Recipe:
             return part
         if hasattr(part, "tokenizer"):
             return part.but(tokenizer=str(folder))
-        # in the folder of a stock pipeline a shift of the latents is in the weights
-        stock = isinstance(part, FrameVAE) and (folder / INDEX).is_file()
+        # in what stock pipelines open a shift of the latents is in the weights
+        stock = isinstance(part, FrameVAE) and any((folder / name).is_file() for name in (INDEX, FILE_NAME))
         return part.but(weights=str(folder), **({"scale_factor": None, "shift_factor": None} if stock else {}))
 
     fields = {name: getattr(recipe.system, name, None) for name in ("autoencoder", "conditions")}

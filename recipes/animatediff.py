@@ -164,7 +164,7 @@ TINY_MOTION_UNET = MotionUNet(
 TINY = Diffusion(
     autoencoder=TINY_KL_VAE.but(weights="shipped:kl-vae-tiny"),
     denoiser=TINY_UNET,
-    conditions=(TINY_TEXT.but(dropout=0.1),),
+    conditions=(TINY_TEXT.but(max_length=77, dropout=0.1),),
     objective=Objective(prediction_type="v_prediction", beta_schedule="linear", beta_start=0.00085, beta_end=0.02),
 )
 TINY_VALIDATION = Validation(

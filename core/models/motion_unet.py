@@ -73,10 +73,13 @@ class MotionUNet(StockConfig, UNetMotionModel):
         return int(self.config.motion_max_seq_length)
 
     def blocks(self) -> list[nn.Module]:
-        """Units for activation checkpointing, compilation and sharding, in the order of their calls. All motion modules
-        are in them, which diffusers' own checkpointing leaves out.
+        """Units for activation checkpointing, compilation and sharding: every residual block, every transformer over
+        pixels, and every motion module, which diffusers' own checkpointing leaves out. Whole levels would be too large:
+        what is made again for a backward pass is made for one unit at a time.
         """
-        return [*self.down_blocks, self.mid_block, *self.up_blocks]
+        levels = [*self.down_blocks, self.mid_block, *self.up_blocks]
+        kinds = ("resnets", "attentions", "motion_modules")
+        return [part for level in levels for kind in kinds for part in getattr(level, kind, ())]
 
     def forward(self, x: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor) -> Tensor:
         frames = x.shape[2]

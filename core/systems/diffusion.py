@@ -16,7 +16,7 @@ from core.precision import DTYPES, no_autocast
 from core.sampling import Denoise, sample, told
 from core.slots import DDIM, Diffusion, Sampler, StableDiffusionUNet, StockDDIM
 from core.systems import Batch, Logs, System
-from core.weights.pipelines import arrange, pipeline_of
+from core.weights.pipelines import complete
 
 ENCODED = 2
 """Clips encoded at a time: memory stays bounded, and oneDNN convolves 8 small clips at once five times slower (121 ms
@@ -194,8 +194,7 @@ class DiffusionSystem(System):
         super().export(folder, weights)
         stock = isinstance(self.slot.denoiser, StableDiffusionUNet)
         (StockDDIM() if stock else DDIM()).build(self.slot.objective).save_pretrained(folder / "scheduler")
-        if pipeline := pipeline_of(self.slot):
-            arrange(folder, pipeline)
+        complete(folder, self.slot)
 
 
 def _dtype(module: nn.Module) -> torch.dtype:
