@@ -45,7 +45,7 @@ screenshots: $(READY) ## the README's pictures of MLflow's page: three runs, one
 	$(BIN)/python -m tests.tracking.demo_runs build/screenshots
 	$(BIN)/python -m tests.tracking.screenshots sqlite:///build/screenshots/mlflow.db docs
 
-weights: $(READY) ## remake what ships with the project: two autoencoders, a text encoder and a tokenizer
+weights: $(READY) ## remake what ships with the project: two autoencoders, a text encoder, a tokenizer, a UNet with motion modules
 	$(BIN)/python -m registry run lvdm-video-vae-tiny --output-dir runs/shipped-vae --overwrite
 	$(BIN)/python -m registry measure-latents lvdm-short-sky-tiny --weights runs/shipped-vae --write
 	$(BIN)/python -m core.weights.half runs/shipped-vae/export/vae core/weights/shipped/lvdm-video-vae-tiny
@@ -56,3 +56,7 @@ weights: $(READY) ## remake what ships with the project: two autoencoders, a tex
 	$(BIN)/python -m data.synthetic_captions --root runs/shipped-captions
 	$(BIN)/python -m core.weights.text_tower runs/shipped-captions/train.csv core/weights/shipped/clip-text-tiny
 	$(BIN)/python -m core.weights.word_pieces core/weights/shipped/word-pieces-tiny
+	$(BIN)/python -m registry run animatediff-image-finetune-tiny --output-dir runs/shipped-image --overwrite
+	$(BIN)/python -m core.weights.half runs/shipped-image/export/unet core/weights/shipped/animatediff-tiny/unet
+	$(BIN)/python -m registry run animatediff-full-tiny --output-dir runs/shipped-motion --overwrite
+	$(BIN)/python -m core.weights.half runs/shipped-motion/export/motion_adapter core/weights/shipped/animatediff-tiny/motion_adapter

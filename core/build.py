@@ -20,12 +20,14 @@ from core.ema import EMA
 from core.errors import UserError
 from core.fingerprint import Prints, held_against, prints
 from core.fresh import Fresh
+from core.models.partly import kept, learnt
 from core.outputs import Start, start
 from core.precision import DTYPES, Scaler
 from core.preflight import frozen_parts
 from core.slots import Autoencoder, Launch, Optim, Recipe
 from core.systems import System
 from core.weights.load import load_component
+from core.weights.start import load_learnt, load_start, start_names
 
 
 @dataclass
@@ -61,7 +63,7 @@ def build(recipe: Recipe, launch: Launch, here: Ranks) -> Built:
         dataset=dataset,
         held_out=held_out,
         optimizer=recipe.optim.build(groups, fused=_can_fuse(here)),
-        parameters=list(system.trained.parameters()),
+        parameters=list(learnt(system.trained).values()),
         ema=EMA(recipe.optim.ema, system.trained) if recipe.optim.ema else None,
         scaler=Scaler(recipe.loop.precision),
         frozen=frozen,
@@ -84,10 +86,14 @@ def _assemble(recipe: Recipe, launch: Launch, here: Ranks, begin: Start) -> Syst
     prepare_blocks(system, recipe.loop.activation_checkpointing, recipe.loop.compile)
     spread(system, recipe.parallel, here)
     home = torch.device("cpu") if here.mesh is not None and recipe.parallel.offload else here.device
-    fresh.fill(system.trained, recipe.loop.seed, home, skip=system.trained.state_dict() if begin.checkpoint else ())
+    brought = start_names(recipe, system.trained)
+    if begin.checkpoint:
+        brought |= {f"{name}.{key}" for name, module in system.trained.items() for key in kept(module)}
+    fresh.fill(system.trained, recipe.loop.seed, home, skip=brought)
+    load_start(recipe, system.trained, frozen_alone=begin.checkpoint is not None)
     if launch.init_from and begin.checkpoint is None:
         for name, module in system.trained.items():
-            load_component(module, launch.init_from, name)
+            load_learnt(module, launch.init_from, name)
     attend(system, recipe, here)
     return system
 
@@ -212,7 +218,7 @@ def parameter_groups(trained: nn.ModuleDict, optim: Optim) -> list[dict[str, Any
         | ({} if g.weight_decay is None else {"weight_decay": g.weight_decay})
         for g in optim.groups
     ]
-    for name, parameter in trained.named_parameters():
+    for name, parameter in learnt(trained).items():
         match = (group for group in groups if re.search(str(group["name"]), name))
         next(match, default)["params"].append(parameter)  # type: ignore[attr-defined]
     for group in groups:

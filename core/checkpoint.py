@@ -30,6 +30,7 @@ from core.errors import UserError
 from core.files import read_json
 from core.manifest import LIMIT, damage
 from core.meters import Window
+from core.models.partly import kept
 
 if TYPE_CHECKING:
     from core.distributed import Ranks
@@ -90,10 +91,10 @@ NUMBERS: dict[str, Callable[[Any], bool]] = {
 
 
 def tensors(modules: nn.ModuleDict, optimizer: torch.optim.Optimizer | None, ema: EMA | None) -> dict[str, Tensor]:
-    """Every tensor of the training state by name: weights, buffers, moments of the optimizer, averages. Views, not
-    copies.
+    """Every tensor of the training state by name: weights that learn, buffers, moments of the optimizer, averages.
+    Views, not copies.
     """
-    state = {f"weights.{name}": t for name, t in modules.state_dict().items()}
+    state = {f"weights.{name}.{key}": t for name, module in modules.items() for key, t in kept(module).items()}
     if ema is not None:
         state |= {f"ema.{name}": t for name, t in ema.average.items()}
     if optimizer is not None:

@@ -1,4 +1,4 @@
-"""Exponential moving average of the trained weights, on each rank's own shards."""
+"""Exponential moving average of the weights that learn, on each rank's own shards."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from core.distributed import local
+from core.models.partly import learnt
 
 if TYPE_CHECKING:
     from core.slots import EMA as EMASlot
@@ -20,7 +21,7 @@ class EMA:
 
     def __init__(self, slot: EMASlot, modules: nn.Module) -> None:
         self.slot, self.count = slot, 0
-        self.weights = dict(modules.named_parameters())
+        self.weights = learnt(modules)
         self.average = {name: p.detach().clone() for name, p in self.weights.items()}
 
     def decay(self) -> float:

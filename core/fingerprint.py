@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from core.checkpoint import numbers_of
-from core.distributed import Ranks
+from core.distributed import Ranks, full
 from core.errors import UserError
 from core.preflight import frozen_parts
 from core.slots import Autoencoder, Recipe
 from core.systems import System
+from core.weights.start import frozen_starts
 
 VALUES = 1024
 """Values of a tensor that are read, at most."""
@@ -35,17 +36,22 @@ to when they were read, without which two fingerprints say nothing of each other
 
 def fingerprint(module: nn.Module) -> str:
     """SHA-256 over name, shape and dtype of every tensor of a module, and the bits of at most VALUES of its values."""
+    return fingerprint_of(module.state_dict())
+
+
+def fingerprint_of(tensors: Mapping[str, Tensor]) -> str:
+    """The same of tensors by name; a collective for those that are spread over ranks."""
     total = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        total.update(_bits(tensor))
+        total.update(_bits(full(tensor.detach())))
     return total.hexdigest()
 
 
 def _bits(tensor: Tensor) -> bytes:
     """Values at a fixed stride, which is odd, so that a walk through a matrix does not stay in some of its columns."""
     stride = -(-tensor.numel() // VALUES) | 1
-    return tensor.detach().reshape(-1)[::stride].cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return tensor.reshape(-1)[::stride].cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def vocabulary(tokenizer: Any) -> str:
@@ -54,8 +60,12 @@ def vocabulary(tokenizer: Any) -> str:
 
 
 def prints(recipe: Recipe, system: System) -> Prints:
-    """Of all that a recipe takes as it is: frozen parts, and the tokenizers of trained ones."""
+    """Of all that a recipe takes as it is: frozen parts, what is frozen in trained ones, and the tokenizers of trained
+    ones. A collective.
+    """
     found = {f"{path}.weights": _of_frozen(slot, system.frozen[slot.component]) for path, slot in frozen_parts(recipe)}
+    for field, (place, tensors) in frozen_starts(recipe, system.trained).items():
+        found[field] = {"from": place, "dtype": "float32", "tensors": fingerprint_of(tensors)}
     for i, slot in enumerate(getattr(recipe.system, "conditions", ())):
         if slot.trained and (tokenizer := getattr(system.trained[slot.component], "tokenizer", None)) is not None:
             found[f"system.conditions.{i}.tokenizer"] = {"from": slot.tokenizer, "tokenizer": vocabulary(tokenizer)}

@@ -151,6 +151,9 @@ def _clip_shape(flags: SampleFlags, recipe: Recipe, system: System) -> tuple[int
     """Frames, height and width. Raises UserError for what the networks cannot do, naming the nearest that they can."""
     trained = recipe.data.clip_shape()
     asked = (flags.frames or trained[0], flags.height or trained[1], flags.width or trained[2])
+    longest = getattr(getattr(recipe.system, "denoiser", None), "max_frames", None)
+    if longest is not None and asked[0] > longest:
+        raise UserError(f"--frames {asked[0]}: {recipe.name} has positions for {longest} frames")
     for name, value, factor in zip(("frames", "height", "width"), asked, system.multiples(), strict=True):
         if value % factor:
             nearest = max(round(value / factor), 1) * factor

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from core.build import parameter_groups
 from core.draw import Draw
+from core.models.partly import learnt, unlearnt
 from core.precision import autocast
 from core.slots import Recipe
 from core.systems import System
@@ -42,14 +44,15 @@ def plan(recipe: Recipe) -> Plan:
     """Build `recipe` on the meta device and count: parameters, and memory of one rank with `micro_batch` samples."""
     with torch.device("meta"):
         system = recipe.system.build()
-    rows = [_row(name, module, True) for name, module in system.trained.items()]
-    rows += [_row(name, module, False) for name, module in system.frozen.items()]
+    rows = [_row(name, module, learnt(module), True) for name, module in system.trained.items()]
+    rest = {name: (module, unlearnt(module)) for name, module in system.trained.items()}
+    rows += [_row(f"{name}, rest", module, tensors, False) for name, (module, tensors) in rest.items() if tensors]
+    rows += [_row(name, module, dict(module.named_parameters()), False) for name, module in system.frozen.items()]
     return Plan(modules=rows, memory=_memory(recipe, system), steps=_steps(recipe), batch=_batch(recipe))
 
 
-def _row(name: str, module: nn.Module, trained: bool) -> ModuleRow:
-    tensors = list(module.parameters())
-    return ModuleRow(name, type(module).__name__, sum(p.numel() for p in tensors), len(tensors), trained)
+def _row(name: str, module: nn.Module, tensors: Mapping[str, Tensor], trained: bool) -> ModuleRow:
+    return ModuleRow(name, type(module).__name__, sum(p.numel() for p in tensors.values()), len(tensors), trained)
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:
@@ -57,21 +60,23 @@ def _bytes(tensors: Sequence[Tensor]) -> int:
 
 
 def _memory(recipe: Recipe, system: System) -> dict[str, int]:
-    trained = list(system.trained.parameters())
-    frozen = [t for m in system.frozen.values() for t in m.parameters()]
-    weights = _bytes(trained)
+    frozen = [*unlearnt(system.trained).values(), *system.frozen.parameters()]
+    weights = _bytes(list(learnt(system.trained).values()))
     parts = {"weights, trained": weights, "weights, frozen": _bytes(frozen), "gradients": weights}
     parts["optimizer"] = _optimizer_bytes(recipe, system)
     if recipe.optim.ema:
         parts["average"] = weights
+    again = largest_block(recipe, system) if recipe.loop.activation_checkpointing else 0
     parts["activations"] = activation_bytes(recipe, system)
+    if again:
+        parts["made again, one block"] = again
     return parts
 
 
 def _optimizer_bytes(recipe: Recipe, system: System) -> int:
     """Counted on the optimizer's own state after one update on the meta device."""
     optimizer = recipe.optim.build(parameter_groups(system.trained, recipe.optim), fused=False)
-    for p in system.trained.parameters():
+    for p in learnt(system.trained).values():
         p.grad = torch.zeros_like(p)
     optimizer.step()
     state = [t for entry in optimizer.state.values() for t in entry.values() if isinstance(t, Tensor)]
@@ -85,31 +90,59 @@ def activation_bytes(recipe: Recipe, system: System) -> int:
     """
     from core.build import prepare_blocks
 
-    micro = recipe.loop.micro_batch
     prepare_blocks(system, recipe.loop.activation_checkpointing, compiled=False)
-    seen = {p.untyped_storage()._cdata for p in system.trained.parameters()}
-    kept: list[Tensor] = []
-    total = 0
+    return _saved(recipe, system)
 
-    def pack(tensor: Tensor) -> Tensor:
-        nonlocal total
+
+def largest_block(recipe: Recipe, system: System) -> int:
+    """What the block that keeps most keeps for its backward pass. Checkpointing makes it again, one block at a time."""
+    blocks: list[int] = []
+
+    def before(block: nn.Module, _: Any) -> None:
+        blocks.append(-counter.total)
+
+    def after(block: nn.Module, *_: Any) -> None:
+        blocks[-1] += counter.total
+
+    counter = _Counter(system)
+    handles = [
+        h for b in system.blocks() for h in (b.register_forward_pre_hook(before), b.register_forward_hook(after))
+    ]
+    _saved(recipe, system, counter)
+    for handle in handles:
+        handle.remove()
+    return max(blocks)
+
+
+class _Counter:
+    """Counts the storages that autograd saves, each once, without those of parameters."""
+
+    def __init__(self, system: System) -> None:
+        self.total = 0
+        self._seen = {p.untyped_storage()._cdata for p in system.trained.parameters()}
+        self._kept: list[Tensor] = []
+
+    def __call__(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in seen:
-            seen.add(storage._cdata)
-            kept.append(tensor)  # keeps the address from being used again
-            total += storage.nbytes()
+        if storage._cdata not in self._seen:
+            self._seen.add(storage._cdata)
+            self._kept.append(tensor)  # keeps the address from being used again
+            self.total += storage.nbytes()
         return tensor
 
+
+def _saved(recipe: Recipe, system: System, counter: _Counter | None = None) -> int:
+    counter, micro = counter or _Counter(system), recipe.loop.micro_batch
     places = list(range(micro))
     video = torch.empty(micro, 3, *recipe.data.clip_shape(), device="meta")
     batch = {"pixel_values": video, "caption": [""] * micro, "id": [""] * micro, "place": places}
     draw = Draw.training(0, 0, places, recipe.loop.global_batch, "meta")
     with (
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+        torch.autograd.graph.saved_tensors_hooks(counter, lambda t: t),
         autocast(recipe.loop.precision, torch.device("meta")),
     ):
         system.loss(batch, draw)
-    return total
+    return counter.total
 
 
 def _steps(recipe: Recipe) -> str:

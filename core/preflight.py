@@ -5,8 +5,9 @@ one screen.
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from core.errors import Screen, UserError
 from core.hub import ready
@@ -26,6 +27,35 @@ class Frozen(Protocol):
     def source(self) -> str: ...
     @property
     def fetch(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a trained network, or a part of it, starts from."""
+
+    path: str
+    """Of its slot in the recipe."""
+    slot: Any
+    """Has `weights`, `source` and `fetch`."""
+    network: str
+    """The trained network's name."""
+    component: str
+    """Its folder at the place."""
+    needed: bool
+    """Whether it cannot do without, as far as the recipe alone tells."""
+
+
+def origins(recipe: Recipe) -> list[Origin]:
+    """What the trained denoiser starts from."""
+    slot: Any = getattr(recipe.system, "denoiser", None)
+    if not hasattr(slot, "weights"):
+        return []
+    path, name = "system.denoiser", slot.component
+    found = [Origin(path, slot, name, name, needed=not slot.learns_whole)]
+    if (motion := getattr(slot, "motion", None)) is not None:
+        needed = slot.lora is not None
+        found.append(Origin(f"{path}.motion", motion, name, "motion_adapter", needed))
+    return found
 
 
 def preflight(recipe: Recipe, launch: Launch = Launch()) -> None:
@@ -61,11 +91,12 @@ def _refuse_words_for_the_deaf(recipe: Recipe) -> None:
 
 
 def _missing_weights(recipe: Recipe) -> list[str]:
+    parts = [*frozen_parts(recipe), *((origin.path, origin.slot) for origin in origins(recipe) if origin.needed)]
     return [
         _entry(
             f"{path}.weights is not set; this part is frozen, so it needs trained weights", slot, f"--{path}.weights"
         )
-        for path, slot in frozen_parts(recipe)
+        for path, slot in parts
         if slot.weights is None
     ]
 

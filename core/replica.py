@@ -115,7 +115,9 @@ class Replica:
         made = experiment_id(self.mlflow, self.uri, begun["experiment"])
         before = self.mlflow.search_runs([made], max_results=1, order_by=["attributes.start_time DESC"])
         last = before[0].data.tags.get("mlflow.runColor", "") if before else ""
-        described = next((event["values"] for event, _ in read(self.journal) if event["event"] == "tags"), {})
+        described: dict[str, Any] = next(
+            (event["values"] for event, _ in read(self.journal) if event["event"] == "tags"), {}
+        )
         tags = described | _sign_of_life() | {"uid": begun["uid"], "mlflow.runColor": next_color(last)}
         return self.mlflow.create_run(made, start_time=begun["time"], tags=_tags(tags), run_name=begun["name"])
 

@@ -21,6 +21,7 @@ from core.distributed import Ranks, full
 from core.journal import said
 from core.media import enlarged, four_frames, overview, tiled, to_uint8, write_gif, write_mp4
 from core.mlflow_page import CELLS
+from core.models.partly import exported
 from core.progress import Progress
 from core.pushing import Pusher
 from core.recipe_file import FILE_NAME, dump, recipe_hash
@@ -223,7 +224,7 @@ class Report:
         weights: dict[str, dict[str, Tensor]] = {name: {} for name in system.trained}
         with self._averaged(built):  # to the end of the writing: these may be views of what is swapped back
             for name, module in system.trained.items():
-                for key, tensor in module.state_dict().items():
+                for key, tensor in exported(module).items():
                     whole = full(tensor.detach())
                     if self.here.first:
                         weights[name][key] = whole.cpu()

@@ -153,7 +153,9 @@ def _needed(unconditional: T | None, guidance_scale: float) -> T:
 def _checked_steps(steps: int, scheduler: Any) -> int:
     """LVDM's timesteps start at 1, so that T steps would visit timestep T, which no network has seen."""
     total = scheduler.config.num_train_timesteps
-    last = (steps - 1) * (total // steps) + scheduler.config.get("steps_offset", 0) if 0 < steps <= total else total
+    leading = scheduler.config.get("timestep_spacing") in (None, "leading")
+    offset = scheduler.config.get("steps_offset", 0) if leading else 0
+    last = (steps - 1) * (total // steps) + offset if 0 < steps <= total else total
     if last >= total:
         raise UserError(f"num_inference_steps {steps}: expected 1 to {total}, without visiting timestep {total}")
     return steps

@@ -19,12 +19,13 @@ from core.build import load_frozen
 from core.distributed import Ranks
 from core.errors import UserError
 from core.fingerprint import Prints, changed, noted
+from core.models.partly import learnt
 from core.outputs import find_run, whole_checkpoint
 from core.recipe_file import FILE_NAME, read
 from core.slots import FrameVAE, Recipe, Slot
 from core.systems import System
-from core.weights.load import load_component
 from core.weights.names import INDEX, folder_of
+from core.weights.start import load_learnt, load_start
 
 HASHED = 2**31
 """Bytes of weights that are read for their hash alone; larger ones have none unless a manifest holds it."""
@@ -147,8 +148,8 @@ def _with_parts_in(recipe: Recipe, folder: Path) -> Recipe:
             return part
         if hasattr(part, "tokenizer"):
             return part.but(tokenizer=str(folder))
-        # in the folder of a stock pipeline a shift of the latents is in the weights
-        stock = isinstance(part, FrameVAE) and (folder / INDEX).is_file()
+        # in what stock pipelines open a shift of the latents is in the weights
+        stock = isinstance(part, FrameVAE) and any((folder / name).is_file() for name in (INDEX, FILE_NAME))
         return part.but(weights=str(folder), **({"scale_factor": None, "shift_factor": None} if stock else {}))
 
     fields = {name: getattr(recipe.system, name, None) for name in ("autoencoder", "conditions")}
@@ -173,21 +174,21 @@ def load_networks(source: Source, raw: bool = False) -> tuple[System, bool | Non
     if type(system).sample is System.sample:
         raise UserError(f"{recipe.name} is no generative recipe: it makes no samples")
     load_frozen(recipe, system)
+    load_start(recipe, system.trained, frozen_alone=bool(source.checkpoint or source.weights))
     averaged = recipe.optim.ema is not None and not raw
     if source.checkpoint:
         load_trained(system, source.checkpoint, Ranks(torch.device("cpu"), 0, 1, None), averaged)
     elif source.weights:
         for name, module in system.trained.items():
-            load_component(module, source.weights, name)
+            load_learnt(module, source.weights, name)
     return system, averaged if source.checkpoint else None
 
 
 def load_trained(system: System, found: Path, here: Ranks, averaged: bool) -> bool:
-    """Fill the trained networks from a checkpoint, averaged or raw. Returns which."""
-    weights = {f"weights.{name}": t.detach() for name, t in system.trained.state_dict().items()}
-    checkpoint.load(found, weights, here)
+    """Fill what the trained networks have learnt from a checkpoint, averaged or raw. Returns which."""
+    checkpoint.load(found, checkpoint.tensors(system.trained, None, None), here)
     if averaged:
-        checkpoint.load(found, {f"ema.{name}": p.detach() for name, p in system.trained.named_parameters()}, here)
+        checkpoint.load(found, {f"ema.{name}": p.detach() for name, p in learnt(system.trained).items()}, here)
     return averaged
 
 

@@ -8,6 +8,7 @@ from core.slots.denoiser import Denoiser, LDMUNet, LVDMShortUNet, LVDMTextUNet
 from core.slots.launch import Launch
 from core.slots.loop import Loop
 from core.slots.metric import ColourAndMotion, Metric
+from core.slots.motion import LoRA, MotionModules, MotionUNet, StableDiffusionUNet
 from core.slots.objective import Objective
 from core.slots.optim import EMA, AdamW, Optim, ParamGroup, Schedule
 from core.slots.parallel import Parallel
@@ -23,6 +24,7 @@ from core.slots.sampler import (
     FlowMatchEuler,
     Heun,
     Sampler,
+    StockDDIM,
     UniPC,
 )
 from core.slots.slot import Slot, SlotError
@@ -58,8 +60,11 @@ __all__ = [
     "LVDMShortUNet",
     "LVDMTextUNet",
     "Launch",
+    "LoRA",
     "Loop",
     "Metric",
+    "MotionModules",
+    "MotionUNet",
     "Objective",
     "Optim",
     "Parallel",
@@ -69,6 +74,8 @@ __all__ = [
     "Schedule",
     "Slot",
     "SlotError",
+    "StableDiffusionUNet",
+    "StockDDIM",
     "System",
     "Tracking",
     "UniPC",

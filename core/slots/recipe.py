@@ -46,6 +46,12 @@ class Recipe(Slot):
         why = objective and self.validation.sampler.misfit(objective)
         if why:
             raise SlotError(f"validation.sampler: {why}")
+        longest, frames = getattr(getattr(self.system, "denoiser", None), "max_frames", None), self.data.clip_shape()[0]
+        if longest is not None and frames > longest:
+            raise SlotError(
+                f"data.num_frames = {frames}: the motion modules have positions for {longest} frames; take fewer, or a "
+                "larger system.denoiser.motion.max_length"
+            )
 
     @property
     def told(self) -> bool:

@@ -8,7 +8,7 @@ error that it has with evenly spaced timesteps (docs/sampling.md).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from core.slots.slot import Slot, SlotError
 
@@ -113,6 +113,40 @@ class DDIM(Sampler):
         from core.sampling import ddim
 
         return ddim(**_schedule(objective), clip_sample=self.clip_x0 is not None, clip_sample_range=self.clip_x0 or 1.0)
+
+
+class StockDDIM(DDIM):
+    """DDIM (arXiv 2010.02502) as diffusers' pipelines of Stable Diffusion and AnimateDiff run it: the last step goes to
+    a clean sample.
+    """
+
+    timestep_spacing: Literal["leading", "linspace", "trailing"] = "leading"
+    """leading: offset + k floor(T / S), which never visits the last timesteps; linspace: from T - 1 to 0; trailing:
+    from T - 1 down."""
+    steps_offset: int = 1
+    """Of leading timesteps."""
+    set_alpha_to_one: bool = True
+    """What the last step goes to: a clean sample (abar 1), or abar_0."""
+
+    def check(self) -> None:
+        super().check()
+        if self.steps_offset < 0:
+            self.refuse("steps_offset", "must not be negative")
+
+    def most_steps(self, total: int) -> int:
+        return total - self.steps_offset if self.timestep_spacing == "leading" else total
+
+    def scheduler(self, objective: Objective) -> Any:
+        from diffusers import DDIMScheduler
+
+        return DDIMScheduler(
+            **_schedule(objective),
+            clip_sample=self.clip_x0 is not None,
+            clip_sample_range=self.clip_x0 or 1.0,
+            set_alpha_to_one=self.set_alpha_to_one,
+            steps_offset=self.steps_offset,
+            timestep_spacing=self.timestep_spacing,
+        )
 
 
 class DDPM(Sampler):

@@ -20,7 +20,8 @@ Logs = dict[str, Tensor]
 class System:
     """What a recipe trains. Built with fresh weights on torch's current default device; `meta` works.
 
-    `trained` is all that optimizer, clipping, EMA, checkpoint and export see; `frozen` never gets a gradient.
+    `trained` is all that optimizer, clipping, EMA, checkpoint and export see, and of its parameters only those that
+    require a gradient; `frozen` never gets one.
     """
 
     trained: nn.ModuleDict
@@ -59,9 +60,14 @@ class System:
         return None
 
     def export(self, folder: Path, weights: dict[str, dict[str, Tensor]]) -> None:
-        """Write diffusers-format folders. `weights` are full state dicts by the names of `trained`."""
+        """Write diffusers-format folders. `weights` are whole tensors by the names of `trained`: what
+        `core.models.partly.exported` says of each network.
+        """
         for name, module in self.trained.items():
-            write_folder(module, folder / name, weights[name])
+            if hasattr(module, "write"):
+                module.write(folder, weights[name])  # type: ignore[operator]
+            else:
+                write_folder(module, folder / name, weights[name])
             if hasattr(module, "write_beside"):
                 module.write_beside(folder)  # type: ignore[operator]
         for name, module in self.frozen.items():

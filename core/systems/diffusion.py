@@ -14,9 +14,9 @@ from core.errors import UserError
 from core.objective import LOSSES, NoiseSchedule
 from core.precision import DTYPES, no_autocast
 from core.sampling import Denoise, sample, told
-from core.slots import DDIM, Diffusion, Sampler
+from core.slots import DDIM, Diffusion, Sampler, StableDiffusionUNet, StockDDIM
 from core.systems import Batch, Logs, System
-from core.weights.pipelines import arrange, pipeline_of
+from core.weights.pipelines import complete
 
 ENCODED = 2
 """Clips encoded at a time: memory stays bounded, and oneDNN convolves 8 small clips at once five times slower (121 ms
@@ -122,6 +122,8 @@ class DiffusionSystem(System):
         if objective.noise_offset:
             noise = noise + objective.noise_offset * draw.noise((x0.shape[1], 1, 1, 1), "noise offset")
         x_t = self.schedule.add_noise(x0, noise, t)
+        if samples := getattr(self.denoiser, "samples", None):
+            samples.keys = draw.keys
         output = self.denoiser(x_t, t, *condition).float()
         target = self.schedule.target(x0, noise, t, objective.prediction_type)
         losses = LOSSES[objective.loss](output, target)
@@ -190,9 +192,9 @@ class DiffusionSystem(System):
 
     def export(self, folder: Path, weights: dict[str, dict[str, Tensor]]) -> None:
         super().export(folder, weights)
-        DDIM().build(self.slot.objective).save_pretrained(folder / "scheduler")
-        if stock := pipeline_of(self.slot):
-            arrange(folder, stock)
+        stock = isinstance(self.slot.denoiser, StableDiffusionUNet)
+        (StockDDIM() if stock else DDIM()).build(self.slot.objective).save_pretrained(folder / "scheduler")
+        complete(folder, self.slot)
 
 
 def _dtype(module: nn.Module) -> torch.dtype:

@@ -89,8 +89,8 @@ VERBS = {
         "info, import, merge, export or push, and a path or a run",
         "What a checkpoint of others holds (info), the same as diffusers folders that recipes open (import), and the\n"
         "networks of a run as diffusers folders (export), also to the Hugging Face hub (push; the token is HF_TOKEN).\n"
-        "merge folds a LoRA into motion modules; --layout writes motion modules or a LoRA, of a run or a PATH, as other\n"
-        "programs open them.\n"
+        "merge folds a LoRA into motion modules; --layout writes motion modules or a LoRA, of a run or a PATH, as\n"
+        "other programs open them.\n"
         "PATH is a file (.safetensors, .ckpt, .pt, .bin, .pdparams), a folder, a hub id or run:<id>. Nothing in it is\n"
         "executed.",
         "python -m registry weights info shipped:lvdm-video-vae-tiny",

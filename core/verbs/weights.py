@@ -15,9 +15,11 @@ from core.build import load_frozen
 from core.distributed import Ranks
 from core.errors import UserError
 from core.fingerprint import changed, noted, prints
+from core.models.partly import exported
 from core.outputs import checkpoint_of, find_run
 from core.recipe_file import FILE_NAME, dump, read
 from core.slots import Recipe
+from core.systems import System
 from core.verbs.motion import export_files, import_lora, motion_of, print_layout
 from core.verbs.printing import columns
 from core.verbs.sample import load_trained
@@ -28,6 +30,7 @@ from core.weights.load import locate, names_run, split_kind
 from core.weights.lora import lora_at
 from core.weights.names import some, sort_out
 from core.weights.network import Network
+from core.weights.start import load_start
 from core.weights.stored import Stored
 
 HEAD = ("network", "weights", "tensors", "parameters", "dtype", "what it is", "fits")
@@ -183,27 +186,34 @@ def export(
     where, averaged = split_kind(where)
     if layout is not None and not names_run(where):
         return export_files(locate(where, ""), to, layout, alpha)
-    found = _checkpoint(where, store)
-    wanted = write_export(found, to, raw=raw or averaged is False)
+    found, raw = _checkpoint(where, store), raw or averaged is False
+    if layout is not None:
+        _, system, _ = _loaded(found, raw)
+        return print_layout(layout, to, *motion_of({**system.frozen, **system.trained}, layout))
+    wanted = write_export(found, to, raw=raw)
     print(f"{to}: {', '.join(sorted(p.name for p in to.iterdir()))}, {'averaged' if wanted else 'raw'}, from {found}")
     return 0
 
 
 def write_export(found: Path, to: Path, *, raw: bool) -> bool:
     """Write the networks of a checkpoint, and its recipe. Returns whether they are the moving average."""
+    recipe, system, averaged = _loaded(found, raw)
+    system.export(to, {name: exported(module) for name, module in system.trained.items()})
+    (to / FILE_NAME).write_text(dump(recipe))
+    return averaged
+
+
+def _loaded(found: Path, raw: bool) -> tuple[Recipe, System, bool]:
+    """The recipe and the networks of a checkpoint, on the CPU, and whether they are the moving average."""
     recipe = read(_recipe_of(found))
-    here = Ranks(torch.device("cpu"), 0, 1, None)
     system = recipe.system.build()
     load_frozen(recipe, system)
+    load_start(recipe, system.trained, frozen_alone=True)
     for _, line in changed(noted(found), prints(recipe, system)):
         print(f"note: {line}; the export holds the new ones", file=sys.stderr)
-    wanted = recipe.optim.ema is not None and not raw
-    load_trained(system, found, here, averaged=wanted)
-    if layout is not None:
-        return print_layout(layout, to, *motion_of({**system.frozen, **system.trained}, layout))
-    system.export(to, {name: module.state_dict() for name, module in system.trained.items()})
-    (to / FILE_NAME).write_text(dump(recipe))
-    return wanted
+    averaged = recipe.optim.ema is not None and not raw
+    load_trained(system, found, Ranks(torch.device("cpu"), 0, 1, None), averaged=averaged)
+    return recipe, system, averaged
 
 
 def _checkpoint(where: str, store: str | None) -> Path:

@@ -36,6 +36,8 @@ BUFFERS = {
     *("posterior_mean_coef1", "posterior_mean_coef2", "scale_factor", "n_averaged"),
 }
 """Tables of the noise schedule and counters, which every recipe makes for itself."""
+ADAPTER = "default"
+"""peft's name of the only adapter that a network has here."""
 SHOWN = 4
 
 
@@ -131,6 +133,11 @@ def _moving_average(averages: Mapping[str, T], part: str, names: list[str]) -> d
     if absent:
         raise UserError(f"the moving average lacks {len(absent)} of {len(names)} tensors: {some(absent)}")
     return {name: averages[key] for name, key in found.items()}
+
+
+def without_peft(name: str) -> str:
+    """A tensor's name without what peft puts into it where a layer has a LoRA."""
+    return name.replace(".base_layer.", ".").replace(f".{ADAPTER}.", ".")
 
 
 def some(names: Iterable[str]) -> str:

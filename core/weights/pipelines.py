@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from core.slots import Diffusion, FrameVAE, LDMBert, LDMUNet
+from core.slots import CLIPText, Diffusion, FrameVAE, LDMBert, LDMUNet, MotionUNet, StableDiffusionUNet
 from core.weights.folder import NAME, write_weights
 from core.weights.lazy import Lazy, safetensors
 from core.weights.names import INDEX
@@ -24,8 +24,8 @@ class Pipeline:
     name: str
     folders: Mapping[str, str]
     """Our folder of a network or tokenizer → the pipeline's."""
-    classes: Mapping[str, tuple[str, str]]
-    """Library and class of what is in each of the pipeline's folders."""
+    classes: Mapping[str, tuple[str | None, str | None]]
+    """Library and class of what is in each of the pipeline's folders; None for what it does without."""
 
 
 LDM = Pipeline(
@@ -41,13 +41,39 @@ LDM = Pipeline(
 )
 """LDM's text-to-image pipeline. It always asks for 77 tokens, and takes latents for an eighth of the picture."""
 
+STABLE_DIFFUSION = Pipeline(
+    name="StableDiffusionPipeline",
+    folders={},
+    classes={
+        "vae": ("diffusers", "AutoencoderKL"),
+        "text_encoder": ("transformers", "CLIPTextModel"),
+        "tokenizer": ("transformers", "CLIPTokenizer"),
+        "unet": ("diffusers", "UNet2DConditionModel"),
+        "scheduler": ("diffusers", "DDIMScheduler"),
+        "safety_checker": (None, None),
+        "feature_extractor": (None, None),
+    },
+)
+"""Stable Diffusion's, and with a motion adapter beside it the base of AnimateDiff's. It asks for as many tokens as the
+text encoder knows."""
+
 
 def pipeline_of(system: Diffusion) -> Pipeline | None:
     """The stock pipeline that these networks make up, if there is one."""
     vae, told = system.autoencoder, system.conditions[0] if system.conditions else None
     if isinstance(vae, FrameVAE) and isinstance(told, LDMBert) and isinstance(system.denoiser, LDMUNet):
         return LDM if told.max_length == 77 and len(vae.block_out_channels) == 4 else None
+    if isinstance(vae, FrameVAE) and isinstance(told, CLIPText) and type(system.denoiser) is StableDiffusionUNet:
+        return STABLE_DIFFUSION if told.max_length == told.max_position_embeddings else None
     return None
+
+
+def complete(folder: Path, system: Diffusion) -> None:
+    """Make an export what a stock pipeline opens, as far as there is one for these networks."""
+    if pipeline := pipeline_of(system):
+        arrange(folder, pipeline)
+    elif isinstance(system.denoiser, MotionUNet) and isinstance(system.autoencoder, FrameVAE):
+        shift_into_weights(folder / "vae")  # AnimateDiff's pipeline is put together from a base and what has learnt
 
 
 def arrange(folder: Path, pipeline: Pipeline) -> None:

@@ -7,7 +7,7 @@ import decord  # noqa: F401
 import mlflow.tracking  # noqa: F401
 import torch._dynamo
 import torch.distributed.checkpoint
-import torch.distributed.fsdp
+import torch.distributed.fsdp  # noqa: F401
 import torchvision.io  # noqa: F401
 
 import core.models

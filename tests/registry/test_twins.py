@@ -33,6 +33,8 @@ SIZES = [
     "system.denoiser.layers_per_block",
     "system.denoiser.norm_num_groups",
     "system.denoiser.sample_size",
+    "system.denoiser.motion.num_heads",
+    "system.denoiser.motion.max_length",
     "loop.global_batch",
     "loop.micro_batch",
     "validation.batch_size",
@@ -49,6 +51,12 @@ PATHS = [
     "system.autoencoder.fetch",
     "system.autoencoder.scale_factor",  # a constant of the weights
     "system.autoencoder.shift_factor",
+    "system.denoiser.weights",
+    "system.denoiser.source",
+    "system.denoiser.fetch",
+    "system.denoiser.motion.weights",
+    "system.denoiser.motion.source",
+    "system.denoiser.motion.fetch",
     "system.conditions.0.weights",
     "system.conditions.0.tokenizer",
     "system.conditions.0.source",
@@ -69,6 +77,18 @@ SCHEDULE = [
     "checkpoint.every",
     "checkpoint.keep",
 ]
+MOTION = {
+    "data.frame_stride": "frame_stride",
+    "system.objective.prediction_type": "v-prediction",
+    "system.objective.beta_end": "beta_end",
+    "loop.precision": "fp32",
+    "loop.num_workers": "worker",
+    "validation.metric": "metric",
+    "validation.prompts": "prompts",
+    "validation.fps": "fps",
+    "validation.sampler.guidance_scale": "guidance",
+    "validation.sampler.negative_prompt": "negative_prompt",
+}
 NAMED = {  # twin → field → the word of its docstring that names it
     "lvdm-video-vae-tiny": {"system.kl_weight": "kl_weight", "data.spatial_transform": "crops"},
     "lvdm-short-sky-tiny": {
@@ -99,6 +119,18 @@ NAMED = {  # twin → field → the word of its docstring that names it
         "validation.sampler.guidance_scale": "guidance",
         "validation.sampler.num_inference_steps": "steps",
     },
+    "animatediff-image-finetune-tiny": {
+        "system.objective.prediction_type": "v-prediction",
+        "system.objective.beta_schedule": "beta_schedule",
+        "system.objective.beta_end": "beta_end",
+        "loop.precision": "fp32",
+        "loop.num_workers": "worker",
+        "validation.prompts": "prompts",
+        "validation.sampler.guidance_scale": "guidance",
+    },
+    "animatediff-full-tiny": MOTION,
+    "animatediff-lora-tiny": MOTION,
+    "animatediff-motion-lora-tiny": MOTION,
     "kl-vae-tiny": {"system.loss": "MSE", "data.frame_stride": "frame_stride"},
 }
 TWINS = [name for name in own_names() if name.endswith("-tiny")]

@@ -1,0 +1,146 @@
+"""AnimateDiff from launch to what stock diffusers opens: motion modules learn on a frozen UNet, then a LoRA on those."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from diffusers import AnimateDiffPipeline, AutoencoderKL, DDIMScheduler, MotionAdapter, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from core.checkpoint import checkpoints
+from core.draw import Draw
+from core.errors import UserError
+from core.preflight import preflight
+from core.slots import StockDDIM
+from core.sources import find_source, load_networks
+from core.weights.load import SHIPPED
+from core.weights.stored import open_stored
+from registry import get
+from tests.engine.running import run_here, short
+
+FAST = "--lr 2e-2 --optim.schedule.name constant --optim.schedule.warmup-steps 0 --optim.ema.decay 0.3 --max-steps 4"
+BASE = SHIPPED / "animatediff-tiny"
+PARTS = {"vae", "text_encoder", "tokenizer", "scheduler", "recipe.json"}
+PROMPT = "a red cloud drifts slowly up"
+
+
+@pytest.fixture(scope="module")
+def ground(sky, _migrated_store, tmp_path_factory):
+    """A base that can change, and a full run on it; then a LoRA run on what that has learnt."""
+    folder = tmp_path_factory.mktemp("animatediff")
+    (folder / "mlflow.db").write_bytes(_migrated_store.read_bytes())
+    shutil.copytree(BASE / "unet", folder / "base" / "unet")
+    store = f"sqlite:///{folder}/mlflow.db"
+    base = f"--system.denoiser.weights {folder}/base"
+    run_here(short("animatediff-full-tiny", sky, f"{FAST} {base}"), folder / "full", store)
+    motion = f"--system.denoiser.motion.weights {folder}/full"
+    run_here(short("animatediff-lora-tiny", sky, f"{FAST} {base} {motion}"), folder / "lora", store)
+    return folder
+
+
+def _numbers(run):
+    return json.loads((checkpoints(run / "checkpoints")[0] / "state.json").read_text())
+
+
+def test_a_checkpoint_holds_what_learns_and_a_fingerprint_of_the_rest(ground):
+    full, lora = (open_stored(checkpoints(ground / run / "checkpoints")[0]).tensors for run in ("full", "lora"))
+    adapter = MotionAdapter.from_pretrained(ground / "full" / "export" / "motion_adapter")
+    own = {name for name, _ in adapter.named_parameters()}
+    assert full.keys() == {f"{kind}.unet.{name}" for kind in ("weights", "ema") for name in own}
+    assert len(lora) == 2 * 140 and all(".lora_" in name for name in lora)
+    assert {"system.denoiser.weights"} == {f for f in _numbers(ground / "full")["frozen"] if "denoiser" in f}
+    held = _numbers(ground / "lora")["frozen"]
+    assert {"system.denoiser.weights", "system.denoiser.motion.weights"} == {f for f in held if "denoiser" in f}
+    assert held["system.denoiser.weights"] == _numbers(ground / "full")["frozen"]["system.denoiser.weights"]
+
+
+def _ours(where, guidance):
+    system, averaged = load_networks(find_source(str(where)))
+    system.mode(training=False)
+    draw = Draw.fixed("here", ["a"], [0], 1)
+    sampler = StockDDIM(num_inference_steps=4, guidance_scale=guidance, negative_prompt="a blue cloud")
+    video = system.sample([PROMPT], (8, 64, 64), sampler, draw)
+    return ((video[0].permute(1, 2, 3, 0) + 1) / 2).numpy(), draw.noise((4, 8, 8, 8), "initial"), averaged
+
+
+def _stock(ground, run, adapter):
+    """AnimateDiff's pipeline of the base, an adapter, and the other parts of an export."""
+    export = ground / run / "export"
+    pipeline = AnimateDiffPipeline(
+        vae=AutoencoderKL.from_pretrained(export / "vae").float(),
+        text_encoder=CLIPTextModel.from_pretrained(export / "text_encoder").float(),
+        tokenizer=CLIPTokenizer.from_pretrained(export / "tokenizer"),
+        unet=UNet2DConditionModel.from_pretrained(ground / "base" / "unet").float(),
+        motion_adapter=MotionAdapter.from_pretrained(adapter),
+        scheduler=DDIMScheduler.from_pretrained(export / "scheduler"),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _frames(pipeline, noise, guidance):
+    made = pipeline(
+        PROMPT, negative_prompt="a blue cloud", num_frames=8, height=64, width=64, num_inference_steps=4,
+        guidance_scale=guidance, latents=noise.clone(), output_type="np",
+    )  # fmt: skip
+    return made.frames[0]
+
+
+@pytest.mark.parametrize(("run", "guidance"), [("full", 3.0), ("lora", 3.0), ("lora", 1.0)])
+def test_the_stock_pipeline_makes_our_frames_of_the_same_noise(ground, run, guidance):
+    ours, noise, averaged = _ours(ground / run, guidance)
+    assert averaged
+    pipeline = _stock(ground, run, ground / "full" / "export" / "motion_adapter")
+    if run == "lora":
+        without = _frames(pipeline, noise, guidance)
+        assert np.abs(without - ours).max() > 0.02
+        pipeline.load_lora_weights(ground / "lora" / "export" / "lora")
+    assert np.abs(_frames(pipeline, noise, guidance) - ours).max() < 2e-3
+    assert np.abs(ours[1:] - ours[:-1]).max() > 0.01 and ours.std() > 0.02
+
+
+def test_an_export_is_what_has_learnt_and_its_samples_are_those_of_the_run(ground):
+    for run, learnt in (("full", "motion_adapter"), ("lora", "lora")):
+        export = ground / run / "export"
+        assert {p.name for p in export.iterdir()} == PARTS | {learnt}
+        assert np.abs(_ours(export, 3.0)[0] - _ours(ground / run, 3.0)[0]).max() < 1e-5
+    assert len(load_file(ground / "full" / "export" / "motion_adapter" / "diffusion_pytorch_model.safetensors")) == 189
+
+
+def test_a_run_that_goes_on_with_another_base_is_refused_in_one_line(ground, sky, store):
+    path = ground / "base" / "unet" / "diffusion_pytorch_model.safetensors"
+    kept, state = path.read_bytes(), load_file(path)
+    save_file({name: tensor + 0.01 for name, tensor in state.items()}, path)
+    again = short("animatediff-full-tiny", sky, f"{FAST} --max-steps 5 --system.denoiser.weights {ground}/base")
+    with pytest.raises(
+        UserError, match=r"system.denoiser.weights: what is at .*base is not what the run was trained with"
+    ):
+        run_here(again, ground / "full", store, resume="auto")
+    path.write_bytes(kept)
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        ("--system.denoiser.weights nowhere/at-all", r"system.denoiser.weights: weights 'nowhere/at-all': no such file or folder"),
+        ("--system.denoiser.weights shipped:kl-vae-tiny", r"system.denoiser.weights: .*does not fit MotionUNet \(208 tensors\)"),
+        ("--system.denoiser.motion.mid-block False --system.denoiser.motion.weights shipped:animatediff-tiny",
+         r"system.denoiser.motion.weights: .*26 unused: mid_block.motion_modules.*motion.mid_block says whether"),
+        ("--system.denoiser.trainable-modules .*attn1.*",
+         r"system.denoiser.motion.weights is not set: a part of it is frozen and needs trained weights"),
+    ],
+)  # fmt: skip
+def test_a_start_that_is_not_there_or_does_not_fit_is_one_line(flags, why, sky, store, tmp_path):
+    with pytest.raises(UserError, match=why) as error:
+        run_here(short("animatediff-full-tiny", sky, flags), tmp_path / "run", store)
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_missing_is_listed_with_where_it_was_published():
+    recipe = get("animatediff-lora --system.denoiser.weights None --system.denoiser.motion.weights None")
+    with pytest.raises(UserError) as error:
+        preflight(recipe)
+    said = str(error.value)
+    assert "--system.denoiser.weights <what you got>" in said and "animatediff-motion-adapter-v1-5-2" in said
