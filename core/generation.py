@@ -27,7 +27,7 @@ from core.recipe_file import delta_flags, recipe_hash
 from core.requests import Request, readable
 from core.run_facts import run_facts
 from core.sampling import signal_at_start
-from core.slots import RECIPES, Recipe, Sampler
+from core.slots import RECIPES, FreeNoise, Recipe, Sampler
 from core.slots.slot import to_json
 from core.sources import Source, load_networks, swapped, weights_hash
 from core.systems import System
@@ -59,7 +59,7 @@ class Generator:
         rank, world = at
         device, recipe = choose_device(flags.device), source.recipe
         system, averaged = load_networks(source, flags.raw)
-        clip = _clip_shape(flags, recipe, system)
+        clip = _clip_shape(flags, sampler, recipe, system)
         found = prints(recipe, system)
         notes = [*source.notes, *swapped(source, found), *_notes(source, sampler, clip)]
         here = {"averaged": averaged, "frozen": found, "device": device.type, "notes": notes}
@@ -147,13 +147,11 @@ def from_first(value: Any, world: int) -> Any:
     return box[0]
 
 
-def _clip_shape(flags: SampleFlags, recipe: Recipe, system: System) -> tuple[int, int, int]:
+def _clip_shape(flags: SampleFlags, sampler: Sampler, recipe: Recipe, system: System) -> tuple[int, int, int]:
     """Frames, height and width. Raises UserError for what the networks cannot do, naming the nearest that they can."""
     trained = recipe.data.clip_shape()
     asked = (flags.frames or trained[0], flags.height or trained[1], flags.width or trained[2])
-    longest = getattr(getattr(recipe.system, "denoiser", None), "max_frames", None)
-    if longest is not None and asked[0] > longest:
-        raise UserError(f"--frames {asked[0]}: {recipe.name} has positions for {longest} frames")
+    _check_length(asked[0], sampler.free_noise, recipe)
     for name, value, factor in zip(("frames", "height", "width"), asked, system.multiples(), strict=True):
         if value % factor:
             nearest = max(round(value / factor), 1) * factor
@@ -163,12 +161,25 @@ def _clip_shape(flags: SampleFlags, recipe: Recipe, system: System) -> tuple[int
     return asked
 
 
+def _check_length(frames: int, free: FreeNoise | None, recipe: Recipe) -> None:
+    """Refuse clips, or windows of them, that are longer than a network has positions for."""
+    longest = getattr(getattr(recipe.system, "denoiser", None), "max_frames", None)
+    if longest is None:
+        if free:
+            raise UserError(f"--sampler.free-noise: {recipe.name} has no motion modules")
+        return
+    flag, asked = ("--sampler.free-noise.context-length", free.context_length) if free else ("--frames", frames)
+    if asked > longest:
+        way = "" if free else "; for longer clips: --sampler.free-noise=FreeNoise"
+        raise UserError(f"{flag} {asked}: {recipe.name} has positions for {longest} frames{way}")
+
+
 def _notes(source: Source, sampler: Sampler, clip: tuple[int, int, int]) -> Iterator[str]:
     """What a person should know of these samples."""
     recipe, trained = source.recipe, source.recipe.data.clip_shape()
     if not source.checkpoint and not source.weights:
         yield f"{recipe.name} has fresh weights, so these samples are noise; give --weights, or name a run"
-    if clip[0] > trained[0]:
+    if clip[0] > trained[0] and not sampler.free_noise:
         yield (
             f"{clip[0]} frames, trained on {trained[0]}: the network takes them, but has seen no motion that long; it "
             "has no means of its own for longer videos"

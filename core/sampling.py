@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
 from core.errors import UserError
+
+if TYPE_CHECKING:
+    from core.slots import FreeNoise
 
 T = TypeVar("T")
 Denoise = Callable[[Tensor, Tensor], Tensor]
@@ -124,6 +127,22 @@ def sample(
         if on_step is not None:
             on_step(i, x)
     return x
+
+
+def shuffled(noise: Tensor, slot: FreeNoise, generators: Sequence[torch.Generator]) -> Tensor:
+    """Noise (B, C, T, H, W) whose frames beyond the first window are those a window before, in another order: each
+    sample's by its own generator.
+    """
+    frames = noise.shape[2]
+    samples = []
+    for sample, generator in zip(noise.clone(), generators, strict=True):
+        for at in range(slot.context_length, frames, slot.context_stride):
+            begin = at - slot.context_length
+            order = begin + torch.randperm(slot.context_stride, generator=generator)
+            fits = min(slot.context_stride, frames - at)
+            sample[:, at : at + fits] = sample[:, order[:fits]]
+        samples.append(sample)
+    return torch.stack(samples)
 
 
 def start(scheduler: Any, steps: int) -> None:

@@ -29,6 +29,9 @@ from core.weights.lora import Lora, write_lora
 from core.weights.names import ADAPTER, without_peft
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from core.slots import FreeNoise
     from core.slots import LoRA as LoRASlot
     from core.slots import MotionUNet as MotionUNetSlot
 
@@ -56,6 +59,8 @@ class MotionUNet(StockConfig, UNetMotionModel):
         super().__init__(**config)
         self.lora: LoRASlot | None = None
         self.samples = Samples()
+        self.window: int | None = None
+        """Frames that its motion modules see at a time; None: all."""
         for name, part in self.named_modules():
             if isinstance(part, Attention) and MOTION.fullmatch(name):
                 part.attention_backend, part.head_dim = "sdpa", part.inner_dim // part.heads
@@ -82,10 +87,19 @@ class MotionUNet(StockConfig, UNetMotionModel):
 
     def forward(self, x: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor) -> Tensor:
         frames = x.shape[2]
-        if frames > self.max_frames:
-            raise UserError(f"a clip of {frames} frames: the motion modules have positions for {self.max_frames}")
+        if (self.window or frames) > self.max_frames:
+            raise UserError(
+                f"a clip of {frames} frames: the motion modules have positions for {self.max_frames}; in windows of so "
+                "many it can be sampled: --sampler.free-noise=FreeNoise"
+            )
         text = encoder_hidden_states.repeat_interleave(frames, dim=0)  # (B T, N, D), clip by clip
         return super().forward(x, timesteps.reshape(-1).expand(len(x)), text).sample.to(x.dtype)
+
+    def windowed(self, slot: FreeNoise) -> AbstractContextManager[None]:
+        """While it lasts the motion modules see windows of frames."""
+        from core.models.free_noise import windowed
+
+        return windowed(self, slot)
 
     # -------------------------------------------------------------------------------------------------- in and out
 

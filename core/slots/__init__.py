@@ -5,6 +5,7 @@ from core.slots.checkpoint import Checkpoint
 from core.slots.condition import CLIPText, Condition, LDMBert
 from core.slots.data import Data
 from core.slots.denoiser import Denoiser, LDMUNet, LVDMShortUNet, LVDMTextUNet
+from core.slots.free import FreeInit, FreeNoise
 from core.slots.launch import Launch
 from core.slots.loop import Loop
 from core.slots.metric import ColourAndMotion, Metric
@@ -54,6 +55,8 @@ __all__ = [
     "EulerAncestral",
     "FlowMatchEuler",
     "FrameVAE",
+    "FreeInit",
+    "FreeNoise",
     "Heun",
     "LDMBert",
     "LDMUNet",

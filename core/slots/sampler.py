@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from core.slots.free import FreeInit, FreeNoise
 from core.slots.slot import Slot, SlotError
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ class Sampler(Slot):
     """Why from no others."""
     least_steps: ClassVar[int] = 1
     """Fewer steps than this leave the noise where it is."""
+    since: ClassVar[dict[str, Any]] = {"free_init": None, "free_noise": None}
 
     num_inference_steps: int = 50
     """Denoising steps."""
@@ -33,6 +35,10 @@ class Sampler(Slot):
     """
     negative_prompt: str = ""
     """What guidance leads away from. Empty: the unconditional model."""
+    free_init: FreeInit | None = None
+    """Sample again from the low frequencies of what was sampled."""
+    free_noise: FreeNoise | None = None
+    """Clips longer than the network's, in windows of frames. For networks with motion modules."""
 
     def check(self) -> None:
         if self.guidance_scale < 0:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -11,10 +12,11 @@ from torch import Tensor, nn
 
 from core.draw import Draw
 from core.errors import UserError
+from core.free_init import rounds
 from core.objective import LOSSES, NoiseSchedule
 from core.precision import DTYPES, no_autocast
-from core.sampling import Denoise, sample, told
-from core.slots import DDIM, Diffusion, Sampler, StableDiffusionUNet, StockDDIM
+from core.sampling import Denoise, sample, shuffled, told
+from core.slots import DDIM, Diffusion, FreeNoise, Sampler, StableDiffusionUNet, StockDDIM
 from core.systems import Batch, Logs, System
 from core.weights.pipelines import complete
 
@@ -143,17 +145,46 @@ class DiffusionSystem(System):
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[str], clip: tuple[int, int, int], sampler: Sampler, draw: Draw) -> Tensor:
-        shape = self._latent_shape(clip)
-        latents = sample(
-            self._denoise(prompts, sampler),
-            draw.noise(shape, "initial"),
-            sampler.build(self.slot.objective),
-            num_inference_steps=sampler.num_inference_steps,
-            eta=sampler.eta if isinstance(sampler, DDIM) else 0.0,
-            step_noise=lambda i, shape: draw.noise(shape[1:], f"step {i}"),
-            generators=lambda i: draw.generators(f"step {i}"),
-        )
+        noise = draw.noise(self._latent_shape(clip), "initial")
+        scheduler = sampler.build(self.slot.objective)
+        denoise = self._denoise(prompts, sampler)
+
+        def from_noise(iteration: int, noise: Tensor) -> Tensor:
+            again = f" of round {iteration}" * bool(iteration)
+            steps = sampler.num_inference_steps
+            return sample(
+                denoise,
+                noise,
+                scheduler,
+                num_inference_steps=sampler.free_init.steps(iteration, steps) if sampler.free_init else steps,
+                eta=sampler.eta if isinstance(sampler, DDIM) else 0.0,
+                step_noise=lambda i, shape: draw.noise(shape[1:], f"step {i}{again}"),
+                generators=lambda i: draw.generators(f"step {i}{again}"),
+            )
+
+        free = sampler.free_noise
+        with self._windows(free if free and noise.shape[2] > free.context_length else None):
+            if free and free.shuffle:
+                noise = shuffled(noise, free, draw.generators("order of frames"))
+            latents = from_noise(0, noise) if sampler.free_init is None else self._rounds(sampler, noise, draw, from_noise)
         return self.pixels(latents)
+
+    def _windows(self, slot: FreeNoise | None) -> AbstractContextManager[None]:
+        if slot is None:
+            return nullcontext()
+        return self.denoiser.windowed(slot)  # type: ignore[operator, no-any-return]
+
+    def _rounds(self, sampler: Sampler, noise: Tensor, draw: Draw, from_noise: Callable[[int, Tensor], Tensor]) -> Tensor:
+        """Latents after the rounds of FreeInit."""
+        assert sampler.free_init is not None
+        last = torch.full((len(noise),), self.slot.objective.num_train_timesteps - 1, device=noise.device)
+        return rounds(
+            sampler.free_init,
+            noise,
+            lambda i: draw.noise(noise.shape[1:], f"round {i}"),
+            from_noise,
+            lambda x, noise: self.schedule.add_noise(x, noise, last),
+        )
 
     def _denoise(self, prompts: Sequence[str], sampler: Sampler) -> Denoise:
         """The denoiser of clips of these prompts, guided."""
