@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock, FreeNoiseTransformerBlock
+from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
+from torch import nn
 
 if TYPE_CHECKING:
     from core.models.motion_unet import MotionUNet
@@ -20,23 +22,17 @@ SHARED = ("pos_embed", "norm1", "attn1", "norm2", "attn2", "norm3", "ff")
 @contextmanager
 def windowed(unet: MotionUNet, slot: FreeNoise) -> Iterator[None]:
     """While it lasts the motion modules of `unet` see windows of frames, with the layers that they have."""
-    places = [(part, i) for part in unet.modules() for i in _blocks(part)]
-    plain = [part.transformer_blocks[i] for part, i in places]  # type: ignore[union-attr, index]
+    parts = [part for part in unet.modules() if isinstance(part, AnimateDiffTransformer3D)]
+    plain = [part.transformer_blocks for part in parts]
     try:
-        for (part, i), block in zip(places, plain, strict=True):
-            part.transformer_blocks[i] = _windows(block, slot)  # type: ignore[union-attr, index, operator]
+        for part, blocks in zip(parts, plain, strict=True):
+            part.transformer_blocks = nn.ModuleList(_windows(block, slot) for block in blocks)
         unet.window = slot.context_length
         yield
     finally:
         unet.window = None
-        for (part, i), block in zip(places, plain, strict=True):
-            part.transformer_blocks[i] = block  # type: ignore[union-attr, index, operator]
-
-
-def _blocks(part: torch.nn.Module) -> range:
-    """Places of the blocks of a transformer over frames: those with positions."""
-    blocks = getattr(part, "transformer_blocks", ())
-    return range(len(blocks) if len(blocks) and getattr(blocks[0], "pos_embed", None) is not None else 0)
+        for part, blocks in zip(parts, plain, strict=True):
+            part.transformer_blocks = blocks
 
 
 def _windows(block: BasicTransformerBlock, slot: FreeNoise) -> FreeNoiseTransformerBlock:

@@ -166,7 +166,7 @@ class DiffusionSystem(System):
         with self._windows(free if free and noise.shape[2] > free.context_length else None):
             if free and free.shuffle:
                 noise = shuffled(noise, free, draw.generators("order of frames"))
-            latents = from_noise(0, noise) if sampler.free_init is None else self._rounds(sampler, noise, draw, from_noise)
+            latents = self._rounds(sampler, noise, draw, from_noise) if sampler.free_init else from_noise(0, noise)
         return self.pixels(latents)
 
     def _windows(self, slot: FreeNoise | None) -> AbstractContextManager[None]:
@@ -174,7 +174,9 @@ class DiffusionSystem(System):
             return nullcontext()
         return self.denoiser.windowed(slot)  # type: ignore[operator, no-any-return]
 
-    def _rounds(self, sampler: Sampler, noise: Tensor, draw: Draw, from_noise: Callable[[int, Tensor], Tensor]) -> Tensor:
+    def _rounds(
+        self, sampler: Sampler, noise: Tensor, draw: Draw, from_noise: Callable[[int, Tensor], Tensor]
+    ) -> Tensor:
         """Latents after the rounds of FreeInit."""
         assert sampler.free_init is not None
         last = torch.full((len(noise),), self.slot.objective.num_train_timesteps - 1, device=noise.device)

@@ -22,7 +22,12 @@ class Stock(FreeInitMixin):
     def __init__(self, slot, scheduler):
         self.scheduler = scheduler
         self.enable_free_init(
-            slot.num_iters, slot.fast, slot.method, slot.order, slot.spatial_stop_frequency, slot.temporal_stop_frequency
+            slot.num_iters,
+            slot.fast,
+            slot.method,
+            slot.order,
+            slot.spatial_stop_frequency,
+            slot.temporal_stop_frequency,
         )
 
     def again(self, x, i, seed):
@@ -94,7 +99,10 @@ class Windows(AnimateDiffFreeNoiseMixin):
         self.vae_scale_factor = 1
 
 
-@pytest.mark.parametrize("slot", [FreeNoise(context_length=4, context_stride=2), FreeNoise(context_length=6, context_stride=3, weighting="flat")])
+@pytest.mark.parametrize(
+    "slot",
+    [FreeNoise(context_length=4, context_stride=2), FreeNoise(context_length=6, context_stride=3, weighting="flat")],
+)
 def test_windows_of_frames_give_what_diffusers_gives_and_leave_the_network_as_it_was(slot):
     unet, text, t = motion_unet(), torch.randn(1, 5, 64), torch.tensor([500])
     short, long = torch.randn(1, 4, 8, 8, 8), torch.randn(1, 4, 13, 8, 8)
