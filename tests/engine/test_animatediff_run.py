@@ -1,5 +1,6 @@
 """AnimateDiff from launch to what stock diffusers opens: motion modules learn on a frozen UNet, then a LoRA on those."""
 
+import functools
 import json
 import shutil
 
@@ -56,11 +57,12 @@ def test_a_checkpoint_holds_what_learns_and_a_fingerprint_of_the_rest(ground):
     assert held["system.denoiser.weights"] == _numbers(ground / "full")["frozen"]["system.denoiser.weights"]
 
 
+@functools.cache
 def _ours(where, guidance):
     system, averaged = load_networks(find_source(str(where)))
     system.mode(training=False)
     draw = Draw.fixed("here", ["a"], [0], 1)
-    sampler = StockDDIM(num_inference_steps=4, guidance_scale=guidance, negative_prompt="a blue cloud")
+    sampler = StockDDIM(num_inference_steps=2, guidance_scale=guidance, negative_prompt="a blue cloud")
     video = system.sample([PROMPT], (8, 64, 64), sampler, draw)
     return ((video[0].permute(1, 2, 3, 0) + 1) / 2).numpy(), draw.noise((4, 8, 8, 8), "initial"), averaged
 
@@ -82,13 +84,13 @@ def _stock(ground, run, adapter):
 
 def _frames(pipeline, noise, guidance):
     made = pipeline(
-        PROMPT, negative_prompt="a blue cloud", num_frames=8, height=64, width=64, num_inference_steps=4,
+        PROMPT, negative_prompt="a blue cloud", num_frames=8, height=64, width=64, num_inference_steps=2,
         guidance_scale=guidance, latents=noise.clone(), output_type="np",
     )  # fmt: skip
     return made.frames[0]
 
 
-@pytest.mark.parametrize(("run", "guidance"), [("full", 3.0), ("lora", 3.0), ("lora", 1.0)])
+@pytest.mark.parametrize(("run", "guidance"), [("full", 3.0), ("lora", 3.0)])
 def test_the_stock_pipeline_makes_our_frames_of_the_same_noise(ground, run, guidance):
     ours, noise, averaged = _ours(ground / run, guidance)
     assert averaged
@@ -127,7 +129,7 @@ def test_a_run_that_goes_on_with_another_base_is_refused_in_one_line(ground, sky
         ("--system.denoiser.weights nowhere/at-all", r"system.denoiser.weights: weights 'nowhere/at-all': no such file or folder"),
         ("--system.denoiser.weights shipped:kl-vae-tiny", r"system.denoiser.weights: .*does not fit MotionUNet \(208 tensors\)"),
         ("--system.denoiser.motion.mid-block False --system.denoiser.motion.weights shipped:animatediff-tiny",
-         r"system.denoiser.motion.weights: .*26 unused: mid_block.motion_modules.*motion.mid_block says whether"),
+         r"system.denoiser.motion.weights: .*27 unused: mid_block.motion_modules.*motion.mid_block says whether"),
         ("--system.denoiser.trainable-modules .*attn1.*",
          r"system.denoiser.motion.weights is not set: a part of it is frozen and needs trained weights"),
     ],
