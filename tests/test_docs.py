@@ -205,7 +205,16 @@ def _known_names() -> set[str]:
     from core.slots import DPMSolverMultistep, Launch
     from core.swap import spots
     from core.verbs.data import FLAGS
-    from core.verbs.flags import DoctorFlags, EvalFlags, ExportFlags, ImportFlags, MeasureFlags, SampleFlags, UiFlags
+    from core.verbs.flags import (
+        DoctorFlags,
+        EvalFlags,
+        ExportFlags,
+        ImportFlags,
+        MeasureFlags,
+        MergeFlags,
+        SampleFlags,
+        UiFlags,
+    )
     from registry import get, names
 
     parts = [
@@ -216,6 +225,7 @@ def _known_names() -> set[str]:
         UiFlags(),
         DoctorFlags(),
         ImportFlags(),
+        MergeFlags(),
         ExportFlags(),
         *(kind() for kind in FLAGS.values()),
     ]

@@ -130,7 +130,7 @@ def test_a_checkpoint_written_in_pieces_by_two_processes_is_read_whole(sky, tmp_
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["weights"], "weights needs info, import or export"),
+        (["weights"], "weights needs info, import, merge or export"),
         (["weights", "inof", "x"], "did you mean 'info'?"),
         (["weights", "info", "/no/such"], "there is no such file or folder"),
         (["weights", "import", "shipped:lvdm-video-vae-tiny"], "--to DIR"),
