@@ -173,7 +173,13 @@ def _said(one: Imported) -> Iterable[str]:
 
 
 def export(
-    where: str, *, to: Path | None, raw: bool, store: str | None, layout: str | None, alpha: float | None
+    where: str,
+    *,
+    to: Path | None,
+    raw: bool,
+    store: str | None,
+    layout: str | None = None,
+    alpha: float | None = None,
 ) -> int:
     """Write the networks of a run's newest checkpoint, or of the checkpoint folder `where`, as diffusers folders; the
     averaged weights where there are some, unless `raw`. With a `layout` its motion modules or its LoRA alone; then
