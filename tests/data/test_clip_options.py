@@ -134,12 +134,12 @@ def test_the_decision_belongs_to_seed_epoch_and_id(told: Path):
     plain, half = clips(told), clips(told, horizontal_flip=0.5)
     again = pickle.loads(pickle.dumps(half))  # noqa: S301  as a worker gets it
     turned = []
-    for epoch in range(32):
+    for epoch in range(16):
         seen, maybe = (of(each, "plain.mp4", epoch)["pixel_values"] for each in (plain, half))
         turned.append(torch.equal(maybe, seen.flip(-1)))
         assert turned[-1] or torch.equal(maybe, seen)
         assert torch.equal(maybe, of(again, "plain.mp4", epoch)["pixel_values"])
-    assert 6 < sum(turned) < 26
+    assert 2 < sum(turned) < 14
 
 
 def test_held_out_clips_are_neither_mirrored_nor_fewer(told: Path):
