@@ -1,5 +1,6 @@
 """Shared ground of the tests: a small sky on disk, a migrated MLflow store, few threads, no telemetry."""
 
+import multiprocessing
 import os
 import shutil
 from pathlib import Path
@@ -15,6 +16,7 @@ os.environ.setdefault("DO_NOT_TRACK", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+multiprocessing.set_forkserver_preload(["tests.engine.preloaded"])  # the last call counts, for the whole process
 PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 LONG = ("claims", "soak")
 """Marks of what takes minutes or hours."""

@@ -3,7 +3,6 @@
 import gzip
 import io
 import json
-import multiprocessing
 import os
 import pickle
 from collections import Counter
@@ -323,7 +322,6 @@ def test_no_workers_and_six_workers_give_the_same_batches(root: Path, monkeypatc
     """More workers than parts: none is empty, because a worker reads positions and not parts. The index is made by
     several processes too.
     """
-    multiprocessing.set_forkserver_preload(["core.loader", "data.base64_parts"])
     monkeypatch.setattr(parts, "ALONE", 1)
     write_part(root / "part-00000.gz", [line(f"0.{n}") if n % 3 else line(f"0.{n}", b"broken") for n in range(1, 8)])
     dataset = slot(root).build()
