@@ -4,15 +4,24 @@ read.
 
 from __future__ import annotations
 
+import functools
+import os
 import signal
+import threading
+import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import torch
 from torch.utils.data import DataLoader
 
 from core.errors import UserError
 from core.positions import Key
+
+WATCH = 2.0
+"""Seconds from one look of a worker after its loop to the next."""
 
 
 class _Keys:
@@ -40,7 +49,7 @@ def batches(dataset: Any, keys: Iterable[list[Key]], *, workers: int, pin: bool)
         prefetch_factor=4 if workers else None,
         pin_memory=pin,
         generator=torch.Generator().manual_seed(0),
-        worker_init_fn=_leave_signals_to_the_loop,
+        worker_init_fn=functools.partial(_begin, os.getpid()),
     )
     try:
         yield from loader
@@ -48,12 +57,22 @@ def batches(dataset: Any, keys: Iterable[list[Key]], *, workers: int, pin: bool)
         raise UserError(str(error.args[0]).rstrip().splitlines()[-1].removeprefix("core.errors.UserError: ")) from None
 
 
-def _leave_signals_to_the_loop(worker: int) -> None:
+def _begin(loop: int, worker: int) -> None:
     """A Ctrl-C reaches every process of the terminal; the loop still needs the batches of its last update. A worker
-    ends with the loop, also with one that was killed.
+    ends with the loop, also with one that was killed: torch watches a worker's parent, which is the fork server, and
+    that lives as long as its workers.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(loop,), daemon=True).start()
+
+
+def _end_with(loop: int) -> None:
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(loop)
+        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(WATCH)
+    os._exit(1)
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

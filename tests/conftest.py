@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import shutil
+import sys
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,6 @@ os.environ.setdefault("DO_NOT_TRACK", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-multiprocessing.set_forkserver_preload(["tests.engine.preloaded"])  # the last call counts, for the whole process
 PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 LONG = ("claims", "soak")
 """Marks of what takes minutes or hours."""
@@ -31,6 +32,13 @@ def pytest_collection_modifyitems(config, items):
     if drop:
         config.hook.pytest_deselected(items=drop)
         items[:] = keep
+
+
+def pytest_collection_finish(session):
+    """What processes are forked from is started here, in the repository's root: a test may be in another folder."""
+    multiprocessing.set_forkserver_preload(["tests.engine.preloaded"])  # the last call counts, for the whole process
+    if "tests.engine.processes" in sys.modules:
+        forkserver.ensure_running()
 
 
 @pytest.fixture(scope="session", autouse=True)

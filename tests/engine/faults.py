@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from core.slots import Recipe
+from core.verbs.run import descendants
 from tests.engine.processes import start
 
 MOMENTS = ("start-up", "step", "save", "validation", "sampling", "anywhere")
@@ -26,6 +27,8 @@ class Kills:
 
     moments: list[str] = field(default_factory=list)
     restart_s: list[float] = field(default_factory=list)
+    families: list[int] = field(default_factory=list)
+    """Process ids of all that the killed ones had started."""
 
 
 def run_under_fire(
@@ -48,6 +51,7 @@ def run_under_fire(
                 raise AssertionError(f"stuck before {moment}: {said.read_text()[-2000:]}")
             time.sleep(0.001)
         if process.is_alive():
+            kills.families += descendants(process.pid)
             os.kill(process.pid, signal.SIGKILL)
             kills.moments.append(moment)
         process.join()

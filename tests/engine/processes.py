@@ -4,14 +4,12 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Sequence
-from multiprocessing import forkserver
 from pathlib import Path
 
 from core.slots import Launch, Recipe
 from tests.tracking.servers import free_port
 
 SERVER = multiprocessing.get_context("forkserver")
-forkserver.ensure_running()  # now, from the root of the repository: a test may be in another folder
 
 
 def start(recipe: Recipe, said: Path, threads: int = 1, rank: int = 0, world: int = 1, port: int = 0, **launch):

@@ -1,5 +1,6 @@
 """A run that is killed again and again is, bit for bit, the run that was not."""
 
+import psutil
 import pytest
 from mlflow import MlflowClient
 from safetensors.torch import load_file
@@ -51,5 +52,6 @@ def test_the_same_with_data_read_by_workers(sky, store, tmp_path):
     calm, fire, kills = undisturbed_and_under_fire(
         "lvdm-video-vae-tiny", sky, store, tmp_path, ["step", "save"], seed=2, workers=2
     )
-    assert kills.moments == ["step", "save"]
+    assert kills.moments == ["step", "save"] and len(kills.families) >= 2 * 2
+    assert psutil.wait_procs(map(psutil.Process, filter(psutil.pid_exists, kills.families)), timeout=30)[1] == []
     assert_the_same(calm, fire, store)
