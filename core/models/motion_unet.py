@@ -181,14 +181,16 @@ class SampleDropout(nn.Module):
         self.p, self.name, self.samples = p, name, samples
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or x.is_meta:
-            return x
-        keys = self.samples.keys
+        return x * self._mask(x) / (1.0 - self.p) if self.training else x
+
+    def _mask(self, x: Tensor) -> Tensor:
         mask = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        for key, rows in zip(keys, mask.chunk(len(keys)), strict=True):
-            generator = torch.Generator(x.device).manual_seed(hash_of(key, self.name) & 0xFFFFFFFF)
-            rows.bernoulli_(1.0 - self.p, generator=generator)
-        return x * mask / (1.0 - self.p)
+        if not x.is_meta:
+            keys = self.samples.keys
+            for key, rows in zip(keys, mask.chunk(len(keys)), strict=True):
+                generator = torch.Generator(x.device).manual_seed(hash_of(key, self.name) & 0xFFFFFFFF)
+                rows.bernoulli_(1.0 - self.p, generator=generator)
+        return mask
 
 
 def add_lora(unet: MotionUNet, slot: MotionUNetSlot) -> MotionUNet:

@@ -20,7 +20,7 @@ from tests.engine.processes import run_ranks
 from tests.engine.running import APART, REPO, flags, losses, registry, short
 
 LENGTH = "--max-steps 4"
-MANY = 100
+MANY = 40
 """Updates, so many that a busy machine sees the first ones before the last."""
 
 

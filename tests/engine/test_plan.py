@@ -35,8 +35,9 @@ def test_activations_counted_on_meta_are_those_of_a_real_run(sky, name):
     system = recipe.system.build()
     load_frozen(recipe, system)
     measured = _saved_on_the_cpu(recipe, system)
-    # on meta attention is counted by its plain formula; the CPU's own kernel keeps less, and a few sums beside it
-    assert measured / 1.02 <= counted <= 1.2 * measured
+    # on meta attention is counted by its plain formula; the CPU's own kernel keeps less, and a few sums beside it: of a
+    # network so small that its maps of attention weigh as much as its features
+    assert measured / 1.02 <= counted <= 1.35 * measured
     assert name != "lvdm-video-vae-tiny" or counted == measured  # it has no attention
 
 

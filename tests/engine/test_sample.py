@@ -133,6 +133,7 @@ def test_the_json_says_all_that_made_the_clips(run, tmp_path):
     made = told(sample(str(run[0].output_dir), seed=9, sampler=Heun(), steps=3, num=2, output_dir=tmp_path / "s"))
     assert made["sampler"] == {
         "is": "Heun", "num_inference_steps": 3, "guidance_scale": 1.0, "negative_prompt": "", "karras_sigmas": True,
+        "free_init": None, "free_noise": None,
     }  # fmt: skip
     assert (made["recipe"], made["seed"]) == ("lvdm-short-sky-tiny", 9)
     assert get(made["recipe"], *made["recipe_delta"]).optim.lr == 1e-2

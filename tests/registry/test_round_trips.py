@@ -39,6 +39,8 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
         args = get_args(hint)
         items = st.lists(values(args[0]), max_size=4).map(tuple) if args[-1] is ... else st.tuples(*map(values, args))
         return st.just(("a=b", "c=-d")) if args[0] is str else items
+    if isinstance(hint, type) and issubclass(hint, Slot):
+        return st.just(hint())
     if hint is Path:
         return st.sampled_from([Path(), Path("a b/c"), Path("~/x"), Path("None"), Path("-x"), Path("/é")])
     plain = {
