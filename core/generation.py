@@ -27,7 +27,7 @@ from core.recipe_file import delta_flags, recipe_hash
 from core.requests import Request, readable
 from core.run_facts import run_facts
 from core.sampling import signal_at_start
-from core.slots import RECIPES, FreeNoise, Recipe, Sampler
+from core.slots import RECIPES, Recipe, Sampler
 from core.slots.slot import to_json
 from core.sources import Source, load_networks, swapped, weights_hash
 from core.systems import System
@@ -151,7 +151,10 @@ def _clip_shape(flags: SampleFlags, sampler: Sampler, recipe: Recipe, system: Sy
     """Frames, height and width. Raises UserError for what the networks cannot do, naming the nearest that they can."""
     trained = recipe.data.clip_shape()
     asked = (flags.frames or trained[0], flags.height or trained[1], flags.width or trained[2])
-    _check_length(asked[0], sampler.free_noise, recipe)
+    if why := recipe.too_long(asked[0], sampler.free_noise):
+        if sampler.free_noise:
+            raise UserError(f"--sampler.free-noise: {why}")
+        raise UserError(f"--frames {asked[0]}: {why}; for longer clips: --sampler.free-noise=FreeNoise")
     for name, value, factor in zip(("frames", "height", "width"), asked, system.multiples(), strict=True):
         if value % factor:
             nearest = max(round(value / factor), 1) * factor
@@ -159,19 +162,6 @@ def _clip_shape(flags: SampleFlags, sampler: Sampler, recipe: Recipe, system: Sy
                 f"--{name} {value}: {recipe.name} makes multiples of {factor}; the nearest that fits is {nearest}"
             )
     return asked
-
-
-def _check_length(frames: int, free: FreeNoise | None, recipe: Recipe) -> None:
-    """Refuse clips, or windows of them, that are longer than a network has positions for."""
-    longest = getattr(getattr(recipe.system, "denoiser", None), "max_frames", None)
-    if longest is None:
-        if free:
-            raise UserError(f"--sampler.free-noise: {recipe.name} has no motion modules")
-        return
-    flag, asked = ("--sampler.free-noise.context-length", free.context_length) if free else ("--frames", frames)
-    if asked > longest:
-        way = "" if free else "; for longer clips: --sampler.free-noise=FreeNoise"
-        raise UserError(f"{flag} {asked}: {recipe.name} has positions for {longest} frames{way}")
 
 
 def _notes(source: Source, sampler: Sampler, clip: tuple[int, int, int]) -> Iterator[str]:

@@ -24,8 +24,8 @@ from core.hashing import hash_of
 from core.models.partly import learnt, only
 from core.models.stock import StockConfig
 from core.weights.folder import write_folder
-from core.weights.lazy import lazy
-from core.weights.lora import Lora, write_lora
+from core.weights.lazy import lazily
+from core.weights.lora import lora_of, write_lora
 from core.weights.names import ADAPTER, without_peft
 
 if TYPE_CHECKING:
@@ -128,8 +128,8 @@ class MotionUNet(StockConfig, UNetMotionModel):
         pipelines read it, or unet/.
         """
         own = folder / self.written_as
-        if self.lora is not None:
-            write_lora(lora_of(state, self.lora), own)
+        if lora := lora_of(self, lazily(state)):
+            write_lora(lora, own)
         else:
             write_folder(self if self.written_as == "unet" else self.adapter(), own, state)
 
@@ -231,10 +231,3 @@ def _by_position(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     """diffusers calls proj_in and proj_out with `input=`; the argument of peft's layer is called `x`."""
     given = dict(kwargs)
     return (*args, *([given.pop("input")] if "input" in given else [])), given
-
-
-def lora_of(state: Mapping[str, Tensor], slot: LoRASlot) -> Lora:
-    """peft's tensors as a LoRA that can be written."""
-    tensors = {without_peft(name): lazy(tensor) for name, tensor in state.items()}
-    layers = sorted({name.rsplit(".", 2)[0] for name in tensors})
-    return Lora(Path("lora"), "PEFT", tensors, dict.fromkeys(layers, slot.alpha), "the recipe")

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, TypeVar
 
 from core.slots.checkpoint import Checkpoint
 from core.slots.data import Data
+from core.slots.free import FreeNoise
 from core.slots.loop import Loop
 from core.slots.optim import Optim
 from core.slots.parallel import Parallel
@@ -46,12 +47,22 @@ class Recipe(Slot):
         why = objective and self.validation.sampler.misfit(objective)
         if why:
             raise SlotError(f"validation.sampler: {why}")
-        longest, frames = getattr(getattr(self.system, "denoiser", None), "max_frames", None), self.data.clip_shape()[0]
-        if longest is not None and frames > longest:
+        frames = self.data.clip_shape()[0]
+        if why := self.too_long(frames, None):
             raise SlotError(
-                f"data.num_frames = {frames}: the motion modules have positions for {longest} frames; take fewer, or a "
-                "larger system.denoiser.motion.max_length"
+                f"data.num_frames = {frames}: {why}; take fewer, or a larger system.denoiser.motion.max_length"
             )
+        free = self.validation.sampler.free_noise
+        if free and (why := self.too_long(frames, free)):
+            raise SlotError(f"validation.sampler.free_noise: {why}")
+
+    def too_long(self, frames: int, free: FreeNoise | None) -> str | None:
+        """Why clips of `frames` frames, or windows of them, cannot be made by the denoiser; None where they can."""
+        longest = getattr(getattr(self.system, "denoiser", None), "max_frames", None)
+        if longest is None:
+            return "its denoiser has no motion modules" if free else None
+        short = (free.context_length if free else frames) <= longest
+        return None if short else f"the motion modules have positions for {longest} frames"
 
     @property
     def told(self) -> bool:

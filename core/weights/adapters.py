@@ -18,7 +18,7 @@ from core.errors import UserError
 from core.weights.fit import in_layout_of, refuse_misfit
 from core.weights.folder import whole_folder, write_folder, write_weights
 from core.weights.lazy import Lazy, lazily
-from core.weights.lora import Lora, refuse_unfit, write_lora, write_motion_lora
+from core.weights.lora import Lora, lora_of, refuse_unfit, write_lora, write_motion_lora
 from core.weights.motion import COMPONENT, UNET, in_motion_module, original
 from core.weights.names import parts, sort_out
 from core.weights.networks import recognised
@@ -71,22 +71,7 @@ def taken_from(unet: Any) -> tuple[Adapter, Lora | None]:
     tensors = lazily(unet.state_dict())
     plain = {name.replace(".base_layer.", "."): entry for name, entry in tensors.items() if ".lora_" not in name}
     adapter = _adapter({name: entry for name, entry in plain.items() if in_motion_module(name)}, unet.config)
-    return adapter, _live_lora(unet, tensors)
-
-
-def _live_lora(unet: Any, tensors: Mapping[str, Lazy]) -> Lora | None:
-    """The LoRA by its names in PEFT; scales are those that PEFT computes with."""
-    if not getattr(unet, "peft_config", None):
-        return None
-    if len(unet.peft_config) > 1:
-        raise UserError(f"several LoRAs in the UNet ({', '.join(unet.peft_config)}): one can be written")
-    (name,) = unet.peft_config
-    own = re.compile(rf"(.+)\.(lora_[AB])\.{re.escape(name)}\.weight")
-    found = {f"{m[1]}.{m[2]}.weight": entry for n, entry in tensors.items() if (m := own.fullmatch(n))}
-    layers = sorted({n.rsplit(".", 2)[0] for n in found})
-    modules = {layer: unet.get_submodule(layer) for layer in layers}
-    alphas = {layer: float(modules[layer].scaling[name] * modules[layer].r[name]) for layer in layers}
-    return Lora(Path(type(unet).__name__), "PEFT", found, alphas, "the network")
+    return adapter, lora_of(unet, tensors)
 
 
 # ------------------------------------------------------------------------------------------------------------- merging

@@ -270,6 +270,23 @@ def _listed(ranks: Iterable[int]) -> str:
     return " or ".join(map(str, sorted(set(ranks))))
 
 
+def lora_of(unet: Any, tensors: Mapping[str, Lazy]) -> Lora | None:
+    """The LoRA that PEFT put into `unet`, from its tensors under PEFT's names; scales are those that PEFT computes with.
+    None where it has none.
+    """
+    if not getattr(unet, "peft_config", None):
+        return None
+    if len(unet.peft_config) > 1:
+        raise UserError(f"several LoRAs in the UNet ({', '.join(unet.peft_config)}): one can be written")
+    (name,) = unet.peft_config
+    own = re.compile(rf"(.+)\.(lora_[AB])\.{re.escape(name)}\.weight")
+    found = {f"{m[1]}.{m[2]}.weight": entry for n, entry in tensors.items() if (m := own.fullmatch(n))}
+    layers = sorted({n.rsplit(".", 2)[0] for n in found})
+    modules = {layer: unet.get_submodule(layer) for layer in layers}
+    alphas = {layer: float(modules[layer].scaling[name] * modules[layer].r[name]) for layer in layers}
+    return Lora(Path(type(unet).__name__), "PEFT", found, alphas, "the network")
+
+
 # -------------------------------------------------------------------------------------------------------- what it fits
 
 

@@ -24,13 +24,6 @@ BESIDE = {CaptionedVideos: "clouds", Base64Parts: "pictures"}
 """Folders beside the fixture `sky`, by what reads them."""
 TWINS = tuple(name for name in names() if name.endswith("-tiny"))
 """Every twin there is: what holds for one is tested for all, and for those to come."""
-COVERED = {
-    "animatediff-motion-lora-tiny": "animatediff-lora-tiny",  # another rank, other layers
-    "animatediff-image-finetune-tiny": "animatediff-full-tiny",  # its data and frozen parts, the network of LDM's twin
-}
-"""Twins that differ from another in presets alone, or put together what others do: what takes minutes is left to those."""
-APART = tuple(name for name in TWINS if name not in COVERED)
-"""The twins that are killed again and again, and spread over ranks."""
 
 
 def flags(name: str, sky: Path, more: str = "") -> list[str]:

@@ -6,15 +6,17 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from diffusers import AnimateDiffPipeline, AutoencoderKL, DDIMScheduler, MotionAdapter, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
+import registry
 from core.checkpoint import checkpoints
 from core.draw import Draw
 from core.errors import UserError
 from core.preflight import preflight
-from core.slots import StockDDIM
+from core.slots import FreeInit, FreeNoise, StockDDIM
 from core.sources import find_source, load_networks
 from core.weights.load import SHIPPED
 from core.weights.stored import open_stored
@@ -146,3 +148,49 @@ def test_what_is_missing_is_listed_with_where_it_was_published():
         preflight(recipe)
     said = str(error.value)
     assert "--system.denoiser.weights <what you got>" in said and "animatediff-motion-adapter-v1-5-2" in said
+
+
+def test_each_layout_of_a_run_holds_what_its_export_holds_and_a_lora_is_folded_in(ground, tmp_path):
+    def written(run, layout):
+        to = tmp_path / f"{run}-{layout}"
+        assert registry.main(["weights", "export", str(ground / run), "--layout", layout, "--to", str(to)]) == 0
+        (file,) = to.glob("*.safetensors")
+        return load_file(file)
+
+    def exported(run, folder):
+        return load_file(next((ground / run / "export" / folder).glob("*.safetensors")))
+
+    adapter, lora = exported("full", "motion_adapter"), exported("lora", "lora")
+    for mine, theirs in ((written("full", "adapter"), adapter), (written("lora", "lora"), lora)):
+        assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    folded = written("lora", "adapter")
+    layer = next(name for name in lora if name.endswith("to_q.lora_A.weight")).removesuffix(".lora_A.weight")
+    update = 4.0 * lora[f"{layer}.lora_B.weight"] @ lora[f"{layer}.lora_A.weight"]  # alpha 32, rank 8
+    name = f"{layer.removeprefix('unet.')}.weight"
+    assert update.abs().max() > 0 and torch.allclose(folded[name], adapter[name] + update, atol=1e-6)
+
+
+def test_free_init_samples_again_and_free_noise_makes_clips_longer_than_the_positions(ground):
+    system, _ = load_networks(find_source(str(ground / "full")))
+    system.mode(training=False)
+
+    def clip(frames, **free):
+        sampler = StockDDIM(num_inference_steps=2, guidance_scale=2.0, **free)
+        return system.sample([PROMPT], (frames, 64, 64), sampler, Draw.fixed("here", ["a"], [0], 1))
+
+    plain = clip(8)
+    assert torch.equal(clip(8, free_init=FreeInit(num_iters=1)), plain)
+    assert torch.equal(clip(8, free_noise=FreeNoise(context_length=8)), plain)
+    again = clip(8, free_init=FreeInit(num_iters=2))
+    assert again.shape == plain.shape and not torch.allclose(again, plain, atol=1e-2)
+    with pytest.raises(UserError, match="--sampler.free-noise=FreeNoise"):
+        clip(11)
+    long = clip(11, free_noise=FreeNoise(context_length=8))
+    assert long.shape[2] == 11 and torch.equal(clip(8), plain)  # the network is as it was
+
+
+def test_windows_that_no_network_has_are_refused_with_the_recipe():
+    with pytest.raises(UserError, match=r"validation.sampler.free_noise: its denoiser has no motion modules"):
+        get("lvdm-short-sky-tiny --validation.sampler.free-noise=FreeNoise")
+    with pytest.raises(UserError, match=r"free_noise: the motion modules have positions for 8 frames"):
+        get("animatediff-full-tiny --validation.sampler.free-noise=FreeNoise")

@@ -17,7 +17,7 @@ from core.errors import UserError
 from core.slots import Parallel
 from core.verbs.run import descendants
 from tests.engine.processes import run_ranks
-from tests.engine.running import APART, REPO, flags, losses, registry, short
+from tests.engine.running import REPO, TWINS, flags, losses, registry, short
 
 LENGTH = "--max-steps 4"
 MANY = 40
@@ -37,7 +37,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("name", APART)
+@pytest.mark.parametrize("name", TWINS)
 def test_two_processes_replicated_or_sharded_give_the_losses_and_weights_of_one(sky, store, tmp_path, name):
     recipe = short(name, sky, f"{LENGTH} --batch-size 1")
     one = run_ranks(recipe, 1, tmp_path / "one", store)

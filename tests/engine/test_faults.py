@@ -6,7 +6,7 @@ from mlflow import MlflowClient
 from safetensors.torch import load_file
 
 from tests.engine.faults import MOMENTS, run_under_fire
-from tests.engine.running import APART, journal, losses, short
+from tests.engine.running import TWINS, journal, losses, short
 
 EVERY = "lvdm-short-sky-tiny"
 """The twin that is killed at every kind of moment here; `make soak` does that to all."""
@@ -40,7 +40,7 @@ def assert_the_same(calm, fire, store, steps=14):
     assert [run.info.status for run in runs] == ["FINISHED", "FINISHED"]
 
 
-@pytest.mark.parametrize("name", APART)
+@pytest.mark.parametrize("name", TWINS)
 def test_a_run_killed_at_any_moment_has_the_losses_and_weights_of_an_undisturbed_one(name, sky, store, tmp_path):
     moments = MOMENTS if name == EVERY else FOUR
     calm, fire, kills = undisturbed_and_under_fire(name, sky, store, tmp_path, list(moments), seed=1)

@@ -91,6 +91,8 @@ def test_a_run_killed_with_9_goes_on_in_the_same_run_without_a_double_point(vict
 
 def test_a_run_is_born_with_its_process_and_a_sign_of_life_so_that_no_doctor_takes_it_for_dead(tmp_path, store):
     opened(tmp_path / "run", store).close("FINISHED")
+    kinds = [event["event"] for event, _ in read(tmp_path / "run" / "journal.jsonl")]
+    assert kinds.index("tags") < kinds.index("state")  # RUNNING under the process of before reads as dead
     other = f"sqlite:///{tmp_path}/other.db"
     replica = Replica(tmp_path / "run", other)
     replica.connect()  # and nothing of the journal sent there yet
