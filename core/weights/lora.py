@@ -271,7 +271,7 @@ def _listed(ranks: Iterable[int]) -> str:
 
 
 def lora_of(unet: Any, tensors: Mapping[str, Lazy]) -> Lora | None:
-    """The LoRA that PEFT put into `unet`, from its tensors under PEFT's names; scales are those that PEFT computes with.
+    """The LoRA that PEFT put into `unet`, from its tensors under PEFT's names, with the scales that PEFT computes with;
     None where it has none.
     """
     if not getattr(unet, "peft_config", None):

@@ -183,7 +183,7 @@ def test_free_init_samples_again_and_free_noise_makes_clips_longer_than_the_posi
     assert torch.equal(clip(8, free_noise=FreeNoise(context_length=8)), plain)
     again = clip(8, free_init=FreeInit(num_iters=2))
     assert again.shape == plain.shape and not torch.allclose(again, plain, atol=1e-2)
-    with pytest.raises(UserError, match="--sampler.free-noise=FreeNoise"):
+    with pytest.raises(UserError, match=r"--sampler\.free-noise=FreeNoise"):
         clip(11)
     long = clip(11, free_noise=FreeNoise(context_length=8))
     assert long.shape[2] == 11 and torch.equal(clip(8), plain)  # the network is as it was
