@@ -14,14 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 
-from core.build import place
+from core.build import attend, place
 from core.distributed import Ranks, choose_device
 from core.draw import Draw
 from core.errors import UserError
 from core.fingerprint import prints
 from core.media import to_uint8
-from core.precision import autocast
+from core.precision import DTYPES, autocast
 from core.provenance import versions
 from core.recipe_file import delta_flags, recipe_hash
 from core.requests import Request, readable
@@ -64,8 +65,8 @@ class Generator:
         notes = [*source.notes, *swapped(source, found), *_notes(source, sampler, clip)]
         here = {"averaged": averaged, "frozen": found, "device": device.type, "notes": notes}
         made_by = _made_by(source, flags, sampler, clip) | here
-        place(system, recipe, Ranks(device, rank, 1, None))
         system.mode(training=False)
+        _prepare(system, recipe, flags, Ranks(device, rank, 1, None))
         return cls(source, flags.seed, sampler, system, clip, device, made_by, rank, world)
 
     def clips(self, requests: Sequence[Request], sampler: Sampler | None = None) -> np.ndarray:
@@ -73,7 +74,7 @@ class Generator:
         ids, places = [request.id for request in requests], [request.number for request in requests]
         draw = Draw.fixed(f"sample {self.seed}", ids, places, max(places) + 1, self.device)
         texts = [request.prompt for request in requests]
-        with autocast(self.source.recipe.loop.precision, self.device):
+        with autocast(self.made_by["precision"], self.device):
             clips = self.system.sample(texts, self.clip, sampler or self.sampler, draw)
         assert clips is not None
         return to_uint8(clips)
@@ -147,6 +148,32 @@ def from_first(value: Any, world: int) -> Any:
     return box[0]
 
 
+def _prepare(system: System, recipe: Recipe, flags: SampleFlags, here: Ranks) -> None:
+    """Networks in the precision and on the device that they sample in. Raises UserError for flags without effect."""
+    if flags.merge_lora:
+        having = [network for network in system.trained.values() if getattr(network, "lora", None)]
+        if not having:
+            raise UserError(f"--merge-lora: {recipe.name} has no LoRA")
+        for network in having:
+            network.merge_lora()  # type: ignore[operator]
+    if flags.vae_slicing:
+        sliced = [part for part in system.frozen.values() if hasattr(part, "frames_at_a_time")]
+        if not sliced:
+            raise UserError(f"--vae-slicing: {recipe.name} has no autoencoder of pictures; its clips are decoded whole")
+        for part in sliced:
+            part.frames_at_a_time = 1
+    if flags.precision:
+        for part in (*system.trained.values(), *system.frozen.values()):
+            nn.Module.to(part, DTYPES[flags.precision])  # diffusers' own `to` warns
+    if not flags.offload:
+        place(system, recipe, here)
+        return
+    if here.device.type == "cpu":
+        raise UserError("--offload: there is no device beside the host's memory here; leave it out")
+    system.visits = here.device
+    attend(system, recipe, here)
+
+
 def _clip_shape(flags: SampleFlags, sampler: Sampler, recipe: Recipe, system: System) -> tuple[int, int, int]:
     """Frames, height and width. Raises UserError for what the networks cannot do, naming the nearest that they can."""
     trained = recipe.data.clip_shape()
@@ -206,6 +233,7 @@ def _made_by(source: Source, flags: SampleFlags, sampler: Sampler, clip: tuple[i
         "height": clip[1],
         "width": clip[2],
         "fps": flags.fps or source.recipe.validation.fps,
-        "precision": source.recipe.loop.precision,
+        "precision": flags.precision or source.recipe.loop.precision,
+        "held_in": flags.precision,
         "versions": versions(),
     }

@@ -4,6 +4,7 @@ out of all of it.
 
 from __future__ import annotations
 
+import functools
 import getpass
 import hashlib
 import inspect
@@ -147,6 +148,7 @@ def versions() -> dict[str, str]:
     return found
 
 
+@functools.cache
 def environment() -> str:
     """Every installed package with its version, a line each, below Python, platform and the CUDA that torch has."""
     packages = sorted(set(_packages()), key=str.lower)

@@ -32,6 +32,8 @@ class FrameAutoencoder(StockConfig, AutoencoderKL):
     """
 
     stock: ClassVar[str] = "AutoencoderKL"
+    frames_at_a_time: int = FRAMES
+    """See FRAMES."""
 
     @property
     def temporal_factor(self) -> int:
@@ -63,11 +65,11 @@ class FrameAutoencoder(StockConfig, AutoencoderKL):
     def encode(self, video: Tensor) -> Posterior:
         """(B, 3, T, H, W) in [-1, 1] -> the posterior of z."""
         self._check(*video.shape[2:])
-        return Posterior.of(_by_frame(self._encode, video.to(self.dtype)))
+        return Posterior.of(self._by_frame(self._encode, video.to(self.dtype)))
 
     def decode(self, z: Tensor) -> Tensor:
         """z (B, C, T, h, w) -> (B, 3, T, H, W), about [-1, 1], not clamped."""
-        return _by_frame(lambda frames: self._decode(frames).sample, z.to(self.dtype))
+        return self._by_frame(lambda frames: self._decode(frames).sample, z.to(self.dtype))
 
     def to_latents(self, z: Tensor) -> Tensor:
         """What a denoiser sees: scale * (z + shift), the shift first."""
@@ -94,10 +96,9 @@ class FrameAutoencoder(StockConfig, AutoencoderKL):
         posterior = self.encode(video)
         return self.decode(posterior.mean if noise is None else posterior.sample(noise)), posterior
 
-
-def _by_frame(network: Callable[[Tensor], Tensor], video: Tensor) -> Tensor:
-    """A 2D network over every frame of (B, C, T, H, W), a few at a time unless a backward pass needs them all."""
-    frames = rearrange(video, "b c t h w -> (b t) c h w")
-    at_a_time = len(frames) if torch.is_grad_enabled() else FRAMES
-    done = torch.cat([network(part) for part in frames.split(at_a_time)])
-    return rearrange(done, "(b t) c h w -> b c t h w", b=len(video))
+    def _by_frame(self, network: Callable[[Tensor], Tensor], video: Tensor) -> Tensor:
+        """A 2D network over every frame of (B, C, T, H, W), a few at a time unless a backward pass needs them all."""
+        frames = rearrange(video, "b c t h w -> (b t) c h w")
+        at_a_time = len(frames) if torch.is_grad_enabled() else self.frames_at_a_time
+        done = torch.cat([network(part) for part in frames.split(at_a_time)])
+        return rearrange(done, "(b t) c h w -> b c t h w", b=len(video))

@@ -101,6 +101,14 @@ class MotionUNet(StockConfig, UNetMotionModel):
 
         return windowed(self, slot)
 
+    def merge_lora(self) -> None:
+        """Fold the LoRA into the layers that it is on."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        for part in self.modules():
+            if isinstance(part, BaseTunerLayer):
+                part.merge()  # type: ignore[no-untyped-call]
+
     # -------------------------------------------------------------------------------------------------- in and out
 
     def starts(self, component: str) -> dict[str, Tensor]:

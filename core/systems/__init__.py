@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,6 +31,9 @@ class System:
     """Whether the loss of a batch is the mean of the losses of its parts (False: no accumulation)."""
     splits_sequence: ClassVar[bool] = False
     """Whether the tokens of one sample can be spread over ranks (the mesh's sequence dimension)."""
+    visits: torch.device | None = None
+    """Device that a network of a sampling system goes to only while it works (`working`). None: it is where it works.
+    """
 
     def blocks(self) -> list[nn.Module]:
         """The units of activation checkpointing, compilation and sharding, each called once in a forward pass."""
@@ -82,6 +86,18 @@ class System:
         self.trained.to(device)
         self.frozen.to(device)
         return self
+
+    @contextmanager
+    def working(self, module: nn.Module) -> Iterator[None]:
+        """`module` is on the device that it visits while this lasts, and then again in the host's memory."""
+        if self.visits is None:
+            yield
+            return
+        module.to(self.visits)
+        try:
+            yield
+        finally:
+            module.to("cpu")
 
     def mode(self, training: bool) -> None:
         """Train or eval mode of the trained networks; frozen ones are always in eval mode."""

@@ -84,7 +84,7 @@ class DiffusionSystem(System):
         vae = self.autoencoder
         if vae is None:
             return latents.clamp(-1, 1)
-        with no_autocast(latents.device):
+        with no_autocast(latents.device), self.working(vae):
             z = vae.from_latents(latents).to(_dtype(vae))  # type: ignore[operator]
             # one clip at a time: decoding is the peak of memory, and a batch of clips is no faster
             return torch.cat([vae.decode(one) for one in z.split(1)]).float().clamp(-1, 1)  # type: ignore[operator]
@@ -95,8 +95,9 @@ class DiffusionSystem(System):
         """
         assert self.text is not None
         if self.slot.conditions[0].trained:
-            return self.text(captions).float()  # type: ignore[no-any-return]
-        with torch.no_grad(), no_autocast(next(self.text.parameters()).device):
+            with self.working(self.text):
+                return self.text(captions).float()  # type: ignore[no-any-return]
+        with torch.no_grad(), self.working(self.text), no_autocast(next(self.text.parameters()).device):
             return self.text(captions)  # type: ignore[no-any-return]
 
     def _told(self, batch: Batch, dropped: Sequence[bool]) -> tuple[Tensor, ...]:
@@ -163,7 +164,8 @@ class DiffusionSystem(System):
             )
 
         free = sampler.free_noise
-        with self._windows(free if free and noise.shape[2] > free.context_length else None):
+        windows = free if free and noise.shape[2] > free.context_length else None
+        with self._windows(windows), self.working(self.denoiser):
             if free and free.shuffle:
                 noise = shuffled(noise, free, draw.generators("order of frames"))
             latents = self._rounds(sampler, noise, draw, from_noise) if sampler.free_init else from_noise(0, noise)
@@ -190,12 +192,16 @@ class DiffusionSystem(System):
 
     def _denoise(self, prompts: Sequence[str], sampler: Sampler) -> Denoise:
         """The denoiser of clips of these prompts, guided."""
+        dtype = _dtype(self.denoiser)
         if self.text is None:
-            return lambda x_t, t: self.denoiser(x_t, t).float()
+            return lambda x_t, t: self.denoiser(x_t.to(dtype), t).float()
         given = self.states(prompts)  # (B, N, D)
         nothing = self.states([sampler.negative_prompt]).expand_as(given)
         return told(
-            lambda x_t, t, states: self.denoiser(x_t, t, states).float(), given, nothing, sampler.guidance_scale
+            lambda x_t, t, states: self.denoiser(x_t.to(dtype), t, states.to(dtype)).float(),
+            given,
+            nothing,
+            sampler.guidance_scale,
         )
 
     def multiples(self) -> tuple[int, int, int]:

@@ -94,6 +94,14 @@ class SampleFlags(GenerateFlags):
     """Guidance by the text: 1 is none. None: as in the recipe's validation."""
     negative_prompt: str | None = None
     """What guidance leads away from. None: as in the recipe's validation."""
+    merge_lora: bool = False
+    """Fold a LoRA into its layers first: fewer products a step, the same clips up to rounding."""
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    """What networks are held and computed in. None: weights as they are, computed in the recipe's precision."""
+    offload: bool = False
+    """Keep the networks in the host's memory; each is on the device only while it works."""
+    vae_slicing: bool = False
+    """Decode frame by frame, where the autoencoder is one of pictures: the least memory."""
     formats: tuple[Literal["mp4", "gif", "png"], ...] = ("mp4", "gif", "png")
     """Files of each clip and of the grid; png is a strip of frames. A picture is a png."""
     output_dir: Path | None = None

@@ -11,6 +11,7 @@ import torch.distributed.fsdp  # noqa: F401
 import torchvision.io  # noqa: F401
 
 import core.models
+import core.provenance
 import core.systems
 import core.train
 import data
@@ -19,3 +20,5 @@ import registry  # noqa: F401
 for package in (core.models, core.systems, data):
     for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
         importlib.import_module(module.name)
+
+core.provenance.environment()

@@ -2,8 +2,10 @@
 
 import multiprocessing
 import os
+import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from core.slots import Launch, Recipe
@@ -27,7 +29,7 @@ def _train(recipe: Recipe, said: Path, threads: int, rank: int, world: int, port
     sys.exit(128 + result.asked.signal if result.asked.signal else 0)
 
 
-def begin(said: Path, threads: int, rank: int, world: int, port: int) -> None:
+def begin(said: Path, threads: int, rank: int = 0, world: int = 1, port: int = 0) -> None:
     """Threads and output of a process, and what torchrun puts into its environment."""
     import torch
 
@@ -51,6 +53,31 @@ def _do(words: list[str], said: Path, rank: int, world: int, port: int) -> None:
 
     begin(said, 1, rank, world, port)
     sys.exit(main(words))
+
+
+def command(*words: str, cwd: Path, env: Mapping[str, str] | None = None, timeout: float = 240.0):
+    """`python -m registry WORDS` in `cwd`, to its end: exit code and what it printed, as of `subprocess.run`."""
+    with tempfile.TemporaryDirectory() as folder:
+        said = [Path(folder) / name for name in ("stdout", "stderr")]
+        process = SERVER.Process(target=_in_folder, args=(words, cwd, dict(env or {}), said))
+        process.start()
+        process.join(timeout)
+        process.kill()
+        process.join()
+        return subprocess.CompletedProcess(words, process.exitcode, *(path.read_text() for path in said))
+
+
+def _in_folder(words: Sequence[str], cwd: Path, env: dict[str, str], said: Sequence[Path]) -> None:
+    for path, stream in zip(said, (sys.stdout, sys.stderr), strict=True):
+        with path.open("w") as file:
+            os.dup2(file.fileno(), stream.fileno())
+    os.chdir(cwd)
+    os.environ.update(env)
+    from registry import main
+
+    code = main(list(words))
+    sys.stdout.flush()
+    sys.exit(code)
 
 
 def run_ranks(recipe: Recipe, world: int, out: Path, store: str, timeout: float = 200.0, **launch) -> Path:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AnimateDiffPipeline, AutoencoderKL, DDIMScheduler, MotionAdapter, UNet2DConditionModel
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -18,6 +19,7 @@ from core.errors import UserError
 from core.preflight import preflight
 from core.slots import FreeInit, FreeNoise, StockDDIM
 from core.sources import find_source, load_networks
+from core.verbs.sample import sample
 from core.weights.load import SHIPPED
 from core.weights.stored import open_stored
 from registry import get
@@ -168,6 +170,50 @@ def test_each_layout_of_a_run_holds_what_its_export_holds_and_a_lora_is_folded_i
     update = 4.0 * lora[f"{layer}.lora_B.weight"] @ lora[f"{layer}.lora_A.weight"]  # alpha 32, rank 8
     name = f"{layer.removeprefix('unet.')}.weight"
     assert update.abs().max() > 0 and torch.allclose(folded[name], adapter[name] + update, atol=1e-6)
+
+
+@functools.cache
+def _sampled(ground, **given):
+    """Frames (T, H, W, 3) of levels that `sample` makes of the LoRA run, from its pngs."""
+    out = ground / "sampled" / ("-".join(f"{name}-{value}" for name, value in given.items()) or "plain")
+    sample(str(ground / "lora"), prompt=(PROMPT,), steps=2, formats=("png",), output_dir=out, log=False, **given)
+    made_by = json.loads((out / "samples.json").read_text())
+    return np.asarray(Image.open(out / made_by["clips"][0]["files"][0])).astype(int), made_by
+
+
+def test_merged_sliced_and_in_half_precision_it_makes_the_same_clip(ground):
+    plain, _ = _sampled(ground)
+    assert plain.std() > 5
+    for saving in ("merge_lora", "vae_slicing"):
+        assert np.abs(_sampled(ground, **{saving: True})[0] - plain).max() <= 1
+    half, made_by = _sampled(ground, precision="bf16")
+    assert made_by["precision"] == made_by["held_in"] == "bf16"
+    assert 0 < np.abs(half - plain).mean() < 4
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_offloaded_it_makes_the_same_clip_in_less_memory(ground):
+    peaks, clips = [], []
+    for offload in (False, True):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        clips.append(_sampled(ground, device="cuda", offload=offload)[0])
+        peaks.append(torch.cuda.max_memory_allocated())
+    assert np.abs(clips[0] - clips[1]).max() <= 1 and peaks[1] < peaks[0]
+
+
+@pytest.mark.parametrize(
+    ("run", "flag", "why"),
+    [
+        ("full", "merge_lora", r"--merge-lora: animatediff-full-tiny has no LoRA"),
+        ("full", "offload", r"--offload: there is no device beside the host's memory"),
+    ],
+)
+def test_a_saving_without_effect_is_refused(run, flag, why, ground, tmp_path):
+    with pytest.raises(UserError, match=why):
+        sample(
+            str(ground / run), prompt=(PROMPT,), device="cpu", output_dir=tmp_path / "out", log=False, **{flag: True}
+        )
 
 
 def test_free_init_samples_again_and_free_noise_makes_clips_longer_than_the_positions(ground):

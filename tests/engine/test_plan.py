@@ -8,7 +8,8 @@ from core.draw import Draw
 from core.plan import activation_bytes, plan, render
 from core.validate import fixed_keys
 from registry import get
-from tests.engine.running import TWINS, registry, short
+from tests.engine.processes import command
+from tests.engine.running import TWINS, short
 
 
 def test_the_full_size_recipes_have_the_sizes_of_the_originals():
@@ -67,7 +68,7 @@ def test_checkpointing_saves_memory():
 
 
 def test_a_dry_run_needs_neither_weights_nor_data_and_writes_nothing(tmp_path):
-    done = registry("run", "lvdm-short-sky", "--dry-run", cwd=tmp_path)
+    done = command("run", "lvdm-short-sky", "--dry-run", cwd=tmp_path)
     assert done.returncode == 0 and "548,904,580" in done.stdout and "19,446,759" in done.stdout
     assert list(tmp_path.iterdir()) == []
 

@@ -18,7 +18,8 @@ from core.train import train
 from core.validate import captions
 from core.verbs.sample import sample
 from registry import get
-from tests.engine.running import SHORT, losses, registry
+from tests.engine.processes import command, run_ranks
+from tests.engine.running import SHORT, losses
 from tests.models.tiny_text import SIZES, write_text
 
 CUT = {
@@ -105,7 +106,7 @@ def test_sample_makes_clips_of_each_prompt_and_says_what_made_them(run, tmp_path
 
 def test_sample_on_the_command_line_takes_several_prompts(run, tmp_path):
     words = ["sample", str(run.output_dir), "--prompt", "red clouds", "blue", "--output-dir", "made", "--no-log"]
-    done = registry(*words, "--device", "cpu", cwd=tmp_path)
+    done = command(*words, "--device", "cpu", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     told = json.loads((tmp_path / "made" / "samples.json").read_text())
     assert [clip["files"][0] for clip in told["clips"]] == ["red-clouds-000.mp4", "blue-001.mp4"]
@@ -187,11 +188,7 @@ def test_prompts_that_nobody_would_read_are_refused(run, given, why):
 
 def test_two_processes_make_the_run_of_one(run, ground, store, tmp_path):
     words = _flags(ground, batch_size=2)
-    done = registry(
-        "run", "lvdm-text2video", *words, "--output-dir", "two", "--store", store, "--device", "cpu",
-        cwd=tmp_path, nproc=2,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_ranks(get("lvdm-text2video", *words), 2, tmp_path / "two", store)
     assert losses(tmp_path / "two") == pytest.approx(losses(run.output_dir), rel=1e-4)
     texts = [
         (folder / "samples" / "step-00000006" / "samples.txt").read_text()

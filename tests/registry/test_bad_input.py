@@ -5,7 +5,8 @@ import os
 
 import pytest
 
-from tests.engine.running import flags, registry
+from tests.engine.processes import command
+from tests.engine.running import flags
 
 
 def refused(done, *says):
@@ -34,12 +35,12 @@ def one_line(done, *says):
     ],
 )
 def test_a_slip_of_the_keyboard_gets_the_right_word_in_one_line(tmp_path, store, words, says):
-    one_line(registry(*words, cwd=tmp_path, env={"MLFLOW_TRACKING_URI": store}), *says)
+    one_line(command(*words, cwd=tmp_path, env={"MLFLOW_TRACKING_URI": store}), *says)
     assert {p.name for p in tmp_path.iterdir()} <= {"mlflow.db"}
 
 
 def test_a_fresh_clone_without_weights_and_data_gets_one_screen_with_sources_and_commands(tmp_path):
-    done = registry("run", "lvdm-short-sky", "--lr", "6e-5", cwd=tmp_path)
+    done = command("run", "lvdm-short-sky", "--lr", "6e-5", cwd=tmp_path)
     refused(
         done,
         "system.autoencoder.weights",
@@ -59,7 +60,7 @@ def test_a_wrong_root_says_what_was_expected_and_what_was_found(tmp_path, kind):
     if kind == "flat":
         (root / "train").mkdir()
         (root / "train" / "movie.mp4").write_bytes(b"x")
-    done = registry("run", "lvdm-short-sky-tiny", "--data-root", str(root), cwd=tmp_path)
+    done = command("run", "lvdm-short-sky-tiny", "--data-root", str(root), cwd=tmp_path)
     refused(done, str(root))
     if kind == "flat":
         assert "movie.mp4" in done.stderr and "<video>/<clip>" in done.stderr
@@ -67,7 +68,7 @@ def test_a_wrong_root_says_what_was_expected_and_what_was_found(tmp_path, kind):
 
 
 def test_clips_shorter_than_asked_for_are_counted_with_the_longest(tmp_path, sky):
-    done = registry("run", "lvdm-short-sky-tiny", "--data-root", str(sky), "--num-frames", "64", cwd=tmp_path)
+    done = command("run", "lvdm-short-sky-tiny", "--data-root", str(sky), "--num-frames", "64", cwd=tmp_path)
     one_line(done, "64", "20")
 
 
@@ -76,14 +77,14 @@ def test_a_read_only_output_directory_is_one_line(tmp_path, sky):
     folder = tmp_path / "locked"
     folder.mkdir(mode=0o555)
     one_line(
-        registry("run", *flags("lvdm-short-sky-tiny", sky), "--output-dir", str(folder / "run"), cwd=tmp_path),
+        command("run", *flags("lvdm-short-sky-tiny", sky), "--output-dir", str(folder / "run"), cwd=tmp_path),
         "cannot write",
     )
 
 
 def test_an_output_directory_that_cannot_be_made_is_one_line(tmp_path, sky):
     (tmp_path / "file").write_text("in the way")
-    done = registry(
+    done = command(
         "run", *flags("lvdm-short-sky-tiny", sky), "--output-dir", str(tmp_path / "file" / "run"), cwd=tmp_path
     )
     one_line(done, "--output-dir", "cannot write there")
@@ -105,17 +106,17 @@ def test_a_recipe_file_that_does_not_fit_is_one_line(tmp_path, change, says):
     document = change(json.loads(dump(get("lvdm-short-sky-tiny"))))
     path = tmp_path / "recipe.json"
     path.write_text(json.dumps(document))
-    one_line(registry("diff", "lvdm-short-sky-tiny", str(path), cwd=tmp_path), *says)
+    one_line(command("diff", "lvdm-short-sky-tiny", str(path), cwd=tmp_path), *says)
 
 
 def test_weights_that_are_nowhere_and_weights_of_another_network_are_one_line_each(tmp_path, sky):
     base = flags("lvdm-short-sky-tiny", sky)
     one_line(
-        registry("run", *base, "--system.autoencoder.weights", "weights/none.ckpt", cwd=tmp_path), "weights/none.ckpt"
+        command("run", *base, "--system.autoencoder.weights", "weights/none.ckpt", cwd=tmp_path), "weights/none.ckpt"
     )
-    wrong = registry("run", *base, "--system.autoencoder.n-hiddens", "8", cwd=tmp_path)
+    wrong = command("run", *base, "--system.autoencoder.n-hiddens", "8", cwd=tmp_path)
     one_line(wrong, "misshapen", "VideoAutoencoder")
-    gone = registry(
+    gone = command(
         "run", *base, "--system.autoencoder.weights", "someone/model", cwd=tmp_path, env={"HF_HUB_OFFLINE": "1"}
     )
     one_line(gone, "hf download someone/model")
