@@ -161,7 +161,7 @@ def _prepare(system: System, recipe: Recipe, flags: SampleFlags, here: Ranks) ->
         if not sliced:
             raise UserError(f"--vae-slicing: {recipe.name} has no autoencoder of pictures; its clips are decoded whole")
         for part in sliced:
-            part.frames_at_a_time = 1
+            part.frames_at_a_time = 1  # type: ignore[assignment]
     if flags.precision:
         for part in (*system.trained.values(), *system.frozen.values()):
             nn.Module.to(part, DTYPES[flags.precision])  # diffusers' own `to` warns

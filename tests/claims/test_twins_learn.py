@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from core.draw import Draw
 from core.slots import Launch
+from core.sources import find_source, load_networks
 from core.train import train
-from core.validate import real_clips
+from core.validate import captions, real_clips
 from registry import get
 
 pytestmark = pytest.mark.claims
@@ -62,12 +64,41 @@ def assert_it_listens(metrics, wanted):
     [
         ("lvdm-text2video-tiny", {"colour": (1 / 6, 0.8), "direction": (1 / 4, 0.8), "speed": (1 / 2, 0.8)}),
         ("ldm-laion400m-tiny", {"colour": (1 / 6, 0.7), "place": (1 / 5, 0.6)}),
+        ("animatediff-image-finetune-tiny", {"colour": (1 / 6, 0.8)}),
+        ("animatediff-full-tiny", {"colour": (1 / 6, 0.8), "direction": (1 / 4, 0.7), "speed": (1 / 2, 0.7)}),
+        ("animatediff-lora-tiny", {"colour": (1 / 6, 0.8), "direction": (1 / 4, 0.7), "speed": (1 / 2, 0.7)}),
+        ("animatediff-motion-lora-tiny", {"colour": (1 / 6, 0.8), "direction": (1 / 4, 0.7), "speed": (1 / 2, 0.7)}),
     ],
 )
 def test_a_text_twin_listens_to_what_its_captions_say(name, wanted, tmp_path, store):
     metrics = finished(name, tmp_path, store)
     show(name, {key: value for key, value in metrics.items() if "score" in key})
     assert_it_listens(metrics, wanted)
+
+
+@torch.no_grad()
+def clips_of(where):
+    """Clips of eight held-out captions, of the same noise whatever the weights."""
+    system, _ = load_networks(find_source(str(where)))
+    system.mode(training=False)
+    recipe = get("animatediff-full-tiny")
+    texts, numbers = captions(recipe.validation_data.build(), 8), range(8)
+    draw = Draw.fixed("equal noise", [str(number) for number in numbers], list(numbers), 8)
+    return system.sample(texts, recipe.data.clip_shape(), recipe.validation.sampler, draw)
+
+
+def test_a_lora_changes_clips_less_than_as_many_updates_of_the_whole_motion_modules(tmp_path, store):
+    torch.set_num_threads(2)
+    shipped = "--system.denoiser.motion.weights shipped:animatediff-tiny --validation.metric-clips 0"
+    moved = {}
+    for name, length in (("before", 1), ("full", 200), ("lora", 200)):
+        recipe = get(f"animatediff-{'lora' if name == 'lora' else 'full'}-tiny {shipped} --max-steps {length}")
+        rate = recipe.optim.but(lr=1e-12 if name == "before" else recipe.optim.lr)
+        train(recipe.but(optim=rate), Launch(output_dir=tmp_path / name, store=store, device="cpu"))
+        moved[name] = clips_of(tmp_path / name)
+    full, lora = ((moved[name] - moved["before"]).abs().mean().item() for name in ("full", "lora"))
+    print(f"\nmean difference to the clips before: full {full:.4f}, LoRA {lora:.4f}")
+    assert 0 < lora < full
 
 
 def test_the_frame_autoencoder_twin_rebuilds_pictures_far_better_than_any_constant(tmp_path, store):
