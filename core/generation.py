@@ -33,6 +33,7 @@ from core.slots.slot import to_json
 from core.sources import Source, load_networks, swapped, weights_hash
 from core.systems import System
 from core.verbs.flags import SampleFlags
+from core.weights.start import start_names
 
 SIGNAL = 0.1
 """Share of a clip's amplitude at the first timestep from which on the samples are said to suffer."""
@@ -62,7 +63,7 @@ class Generator:
         system, averaged = load_networks(source, flags.raw)
         clip = _clip_shape(flags, sampler, recipe, system)
         found = prints(recipe, system)
-        notes = [*source.notes, *swapped(source, found), *_notes(source, sampler, clip)]
+        notes = [*source.notes, *swapped(source, found), *_notes(source, sampler, clip, system)]
         here = {"averaged": averaged, "frozen": found, "device": device.type, "notes": notes}
         made_by = _made_by(source, flags, sampler, clip) | here
         system.mode(training=False)
@@ -191,11 +192,14 @@ def _clip_shape(flags: SampleFlags, sampler: Sampler, recipe: Recipe, system: Sy
     return asked
 
 
-def _notes(source: Source, sampler: Sampler, clip: tuple[int, int, int]) -> Iterator[str]:
+def _notes(source: Source, sampler: Sampler, clip: tuple[int, int, int], system: System) -> Iterator[str]:
     """What a person should know of these samples."""
     recipe, trained = source.recipe, source.recipe.data.clip_shape()
     if not source.checkpoint and not source.weights:
-        yield f"{recipe.name} has fresh weights, so these samples are noise; give --weights, or name a run"
+        if start_names(recipe, system.trained):
+            yield f"{recipe.name} has learnt nothing here: these are samples of the weights that it starts from"
+        else:
+            yield f"{recipe.name} has fresh weights, so these samples are noise; give --weights, or name a run"
     if clip[0] > trained[0] and not sampler.free_noise:
         yield (
             f"{clip[0]} frames, trained on {trained[0]}: the network takes them, but has seen no motion that long; it "

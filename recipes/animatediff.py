@@ -228,7 +228,7 @@ class AnimateDiffFullTiny(AnimateDiffFull):
 @register("animatediff-lora-tiny")
 class AnimateDiffLoRATiny(AnimateDiffFullTiny):
     """Twin of animatediff-lora: LoRA on the motion modules that ship with the project, on captioned synthetic clouds,
-    which these know already. For other clips: --data-root, and an --lr of 2e-4, which keeps what they know.
+    which these know already. For other clips: --data-root and a low --lr; 5e-5 keeps what they know, 2e-4 does not.
 
     As in animatediff-full-tiny: v-prediction, beta_end, frame_stride, fp32, no worker, held-out captions as prompts,
     guidance 2 and no negative_prompt, fps, and the validation.metric.

@@ -191,6 +191,17 @@ def test_merged_sliced_and_in_half_precision_it_makes_the_same_clip(ground):
     assert 0 < np.abs(half - plain).mean() < 4
 
 
+def test_a_base_with_an_adapter_is_sampled_without_a_run(ground, tmp_path, capsys):
+    parts = f"--system.denoiser.weights {ground}/base --system.denoiser.motion.weights {ground}/full"
+    words = ["--prompt", PROMPT, "--steps", "2", "--formats", "png", "--device", "cpu", "--no-log"]
+    for source, out in ((f"animatediff-full-tiny {parts}", "base"), (str(ground / "full" / "export"), "run")):
+        assert registry.main(["sample", source, "--output-dir", str(tmp_path / out), *words]) == 0
+    assert "these are samples of the weights that it starts from" in capsys.readouterr().err
+    files = [next((tmp_path / out).glob("a-red*.png")) for out in ("base", "run")]
+    mine, theirs = (np.asarray(Image.open(file)).astype(int) for file in files)
+    assert np.abs(mine - theirs).max() <= 1 and mine.std() > 5  # an export has the latents' shift in its weights
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_offloaded_it_makes_the_same_clip_in_less_memory(ground):
     peaks, clips = [], []
