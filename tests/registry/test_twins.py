@@ -127,6 +127,7 @@ NAMED = {  # twin → field → the word of its docstring that names it
         "loop.num_workers": "worker",
         "validation.prompts": "prompts",
         "validation.sampler.guidance_scale": "guidance",
+        "validation.metric": "validation.metric",
     },
     "animatediff-full-tiny": MOTION,
     "animatediff-lora-tiny": MOTION,
