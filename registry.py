@@ -191,6 +191,16 @@ def _run(words: list[str]) -> int:
     return train(recipe, launch, ["run", *words])
 
 
+def _launch(words: list[str]) -> int:
+    from core.slots.launch import Launch
+    from core.verbs import launch as verb
+
+    if _wants_help(words):
+        return _help(words, "launch", Launch(), verb.ClusterFlags(), named=True)
+    (name,) = _first(words, "launch")
+    return verb.launch(words[1:], get(name))
+
+
 def _resume(words: list[str]) -> int:
     from core.errors import UserError
     from core.slots.launch import Launch
@@ -330,6 +340,7 @@ DO: dict[str, Callable[[list[str]], int]] = {
     "show": _show,
     "diff": _diff,
     "run": _run,
+    "launch": _launch,
     "resume": _resume,
     "sample": _sample,
     "eval": _eval,
@@ -365,7 +376,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[:1] in (["--version"], ["-V"]):
         print(__version__)
         return 0
-    from core.errors import UserError
+    from core.errors import UserError, tell
 
     debug = "--debug" in words or os.environ.get("REGISTRY_DEBUG", "") not in ("", "0")
     try:
@@ -377,19 +388,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except UserError as error:
-        _tell(error, debug)
+        tell(error, debug)
         return 2
     return code
-
-
-def _tell(error: Exception, debug: bool) -> None:
-    if debug:
-        import traceback
-
-        traceback.print_exception(error)
-    from core.errors import Screen
-
-    print("error: " + (str(error) if isinstance(error, Screen) else " ".join(str(error).split())), file=sys.stderr)
 
 
 if __name__ == "__main__":

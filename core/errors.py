@@ -1,6 +1,8 @@
 """What a person did wrong, said in one line, and the nearest right thing beside it."""
 
 import difflib
+import sys
+import traceback
 from collections.abc import Iterable
 
 
@@ -37,3 +39,10 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`" (did you mean 'lvdm-short-sky'?)"` for a near miss, or an empty string."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.55)
     return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def tell(error: UserError, debug: bool) -> None:
+    """Say on stderr what went wrong; with `debug` its traceback too."""
+    if debug:
+        traceback.print_exception(error)
+    print("error: " + (str(error) if isinstance(error, Screen) else " ".join(str(error).split())), file=sys.stderr)

@@ -58,13 +58,15 @@ def origins(recipe: Recipe) -> list[Origin]:
     return found
 
 
-def preflight(recipe: Recipe, launch: Launch = Launch()) -> None:
-    """Raise a Screen that names every missing field, its published source and the command that goes on."""
+def preflight(recipe: Recipe, launch: Launch = Launch(), here: bool = True) -> None:
+    """Raise a Screen that names every missing field, its published source and the command that goes on. What has to be
+    on the machine is asked only where the run is to be `here`.
+    """
     refuse_secrets(recipe)
-    if launch.push_to_hub != "none" and os.environ.get("RANK", "0") == "0":
+    if here and launch.push_to_hub != "none" and os.environ.get("RANK", "0") == "0":
         ready("--push-to-hub")
     _refuse_words_for_the_deaf(recipe)
-    missing = [*_missing_weights(recipe), *_missing_tokenizers(recipe), *_missing_data(recipe)]
+    missing = [*_missing_weights(recipe), *_missing_tokenizers(recipe), *(_missing_data(recipe) if here else ())]
     if missing:
         twin = f"{recipe.name}-tiny" if not recipe.name.endswith("-tiny") else recipe.name
         raise Screen(

@@ -155,6 +155,7 @@ def _parse(verb: str, what: str = "", *flags: str) -> None:
     from core.verbs.data import CheckFlags
     from core.verbs.data import read as read_data
     from core.verbs.flags import DoctorFlags, EvalFlags, MeasureFlags, SampleFlags, StoreFlags, UiFlags
+    from core.verbs.launch import launch as launch_job
     from core.verbs.weights_words import read as read_weights
     from registry import get
 
@@ -163,6 +164,8 @@ def _parse(verb: str, what: str = "", *flags: str) -> None:
             recipe, launch = parse(flags, get(what), Launch())
             recipe.parallel.mesh(launch.nproc)
             check_batch(recipe, launch.nproc)
+        case "launch":
+            assert launch_job(flags, get(what)) == 0
         case "resume":
             parse(flags, get("lvdm-short-sky-tiny"), Launch())
         case "sample":
@@ -212,11 +215,13 @@ def _known_names() -> set[str]:
     from core.swap import spots
     from core.verbs.data import FLAGS
     from core.verbs.flags import DoctorFlags, EvalFlags, MeasureFlags, SampleFlags, UiFlags
+    from core.verbs.launch import ClusterFlags
     from core.verbs.weights_words import FLAGS as WEIGHTS
     from registry import get, names
 
     parts = [
         Launch(),
+        ClusterFlags(),
         SampleFlags(sampler=DPMSolverMultistep()),
         EvalFlags(),
         MeasureFlags(),

@@ -16,7 +16,7 @@ class Parallel(Slot):
     """Copies of the model, each on its own samples."""
     shard: int | None = 1
     """Ranks over which weights, gradients and optimizer state of one copy are split (FSDP2), each with its own samples.
-    None, with replicate given: all that are left.
+    None: all that replicate leaves; where that is None too, all of a machine, which has a copy of its own (HSDP).
     """
     sequence: int = 1
     """Ranks over which the tokens of one sample are split; they share their samples. For denoisers that can."""
@@ -33,11 +33,14 @@ class Parallel(Slot):
             if value is not None and value < 1:
                 self.refuse(name, "must be at least 1")
 
-    def mesh(self, world: int) -> tuple[int, int, int]:
-        """(replicate, shard, sequence) for `world` ranks. Raises UserError that says which numbers would fit."""
+    def mesh(self, world: int, local: int | None = None) -> tuple[int, int, int]:
+        """(replicate, shard, sequence) for `world` ranks, `local` of them on each machine (None: all on one). Ranks are
+        numbered machine by machine, so shards are neighbours. Raises UserError that says which numbers would fit.
+        """
         replicate, shard = self.replicate, self.shard
         if shard is None:
-            shard = max(world // ((replicate or 1) * self.sequence), 1)
+            together = world // replicate if replicate else local or world
+            shard = max(together // self.sequence, 1)
         if replicate is None:
             replicate = max(world // (shard * self.sequence), 1)
         found = (replicate, shard, self.sequence)

@@ -48,6 +48,14 @@ VERBS = {
         "`run NAME --help` lists the flags of that recipe; --dry-run prints what a run would be.",
         "python -m registry run lvdm-short-sky-tiny --max-steps 200 --output-dir runs/first",
     ),
+    "launch": Verb(
+        "NAME [overrides] [launch flags] --slurm | --k8s [cluster flags]",
+        "the name of a recipe",
+        "Print the job that trains a recipe on several machines: an sbatch script, or a PyTorchJob for Kubernetes.\n"
+        "Recipe and flags are checked first. The job goes on in its output directory when it is started again; the\n"
+        "SLURM job stops before its time limit, with a checkpoint, and queues itself again. --submit hands it in.",
+        "python -m registry launch lvdm-short-sky-tiny --output-dir runs/sky --slurm --nodes 2 --gpus 4",
+    ),
     "resume": Verb(
         "RUN_OR_DIR [overrides] [launch flags]",
         A_RUN,
