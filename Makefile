@@ -31,7 +31,7 @@ check: $(READY) ## format, lint, types, import rules
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/registry/test_imports.py
 
-claims: $(READY) ## what takes longer: that every twin learns
+claims: $(READY) ## what takes longer: that every twin learns, and trains on four ranks as on one
 	$(BIN)/python -m pytest -m claims --timeout 3600 -s
 
 soak: $(READY) ## an hour of kills and hostile files; KILLS=40 a twin, FUZZ_EXAMPLES=3000 a reader

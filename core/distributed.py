@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,12 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from core.errors import UserError
+from core.lost import named_when_lost
 from core.precision import DTYPES
 
 if TYPE_CHECKING:
@@ -31,14 +31,35 @@ class Ranks:
     """This process among the others. With one process there is no mesh, no wrapping and no communication.
 
     `data_rank` of `data_world` says whose samples these are: ranks along the mesh's sequence dimension share theirs.
-    `background` is a process group for threads beside the main one (checkpoints).
+    `background` is a process group for threads beside the main one (checkpoints). A collective that takes longer than
+    `timeout` seconds is an error. `store` is where ranks can say something when collectives no longer work.
     """
 
-    def __init__(self, device: torch.device, rank: int, world: int, mesh: DeviceMesh | None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        rank: int,
+        world: int,
+        mesh: DeviceMesh | None,
+        timeout: float = 600.0,
+        store: Store | None = None,
+    ) -> None:
         self.device, self.rank, self.world, self.mesh = device, rank, world, mesh
         sequence = 1 if mesh is None else mesh["sequence"].size()
         self.data_rank, self.data_world = rank // sequence, world // sequence
-        self.background = None if mesh is None else dist.new_group(backend="gloo")
+        self.timeout, self.store = timeout, store
+        self.update = 0
+        """The update that is being made, for errors."""
+        patience = timedelta(seconds=timeout)
+        self.background = None if mesh is None else dist.new_group(backend="gloo", timeout=patience)
+        for group in mesh.get_all_groups() if mesh is not None else ():
+            dist.set_timeout(patience, group)  # they have torch's default, which for gloo is 30 minutes
+
+    @contextmanager
+    def naming_the_lost(self) -> Iterator[None]:
+        """Within: an error of a collective is a UserError that says which ranks did not come, and where."""
+        with named_when_lost(self.rank, self.world, self.store, self.timeout, lambda: self.update):
+            yield
 
     @property
     def first(self) -> bool:
@@ -121,35 +142,42 @@ def ranks(parallel: Parallel, device: str, timeout: float) -> Iterator[Ranks]:
     another one is gone.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    shape = parallel.mesh(world)
+    shape = parallel.mesh(world, int(os.environ.get("LOCAL_WORLD_SIZE", world)))
     here = choose_device(device)
     if world == 1:
         yield Ranks(here, 0, 1, None)
         return
     backend = "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo"
     store, rank, world = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
-    # torchrun keeps its store over restarts, and with it the addresses of the dead
-    attempt = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    store = of_this_start(store)
     # of a forward pass; nothing here changes an output in place
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     try:
-        dist.init_process_group(backend, store=attempt, rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
-        mesh = init_device_mesh(here.type, shape, mesh_dim_names=("replicate", "shard", "sequence"))
-        yield Ranks(here, rank, world, mesh)
-    except RuntimeError as error:
-        if not (isinstance(error, dist.DistError) or GONE.search(str(error))):
-            raise
-        raise UserError(
-            f"rank {rank} of {world} lost another rank, which died or was killed (its own output says why): "
-            f"{str(error).strip().splitlines()[0]}"
-        ) from error
+        with named_when_lost(rank, world, store, timeout):
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout)
+            )
+            mesh = init_device_mesh(here.type, shape, mesh_dim_names=("replicate", "shard", "sequence"))
+            yield Ranks(here, rank, world, mesh, timeout, store)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-GONE = re.compile("Connection (closed|reset)|Broken pipe|Timed out|timed out|Socket Timeout|unhandled system error")
-"""What gloo and NCCL say when a partner is gone, as plain RuntimeErrors."""
+def of_this_start(store: Store) -> Store:
+    """Where torchrun keeps its store over restarts, and with it the addresses of the dead, names of this start's own.
+
+    Raises UserError where they could differ: each machine counts restarts for itself.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return store
+    several = int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1
+    if several and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
+        raise UserError(
+            "torchrun with --max-restarts on several machines: a restart would wait for addresses of the dead; "
+            "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on each, as the jobs of `python -m registry launch` do"
+        )
+    return PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def spread(system: System, parallel: Parallel, here: Ranks) -> None:

@@ -58,7 +58,8 @@ def train(recipe: Recipe, launch: Launch = Launch(), argv: Sequence[str] = ()) -
         stop.polite = True
         report = Report.open(recipe, launch, built, here, argv, stop)
         try:
-            result = _run(recipe, built, here, report, stop)
+            with here.naming_the_lost():
+                result = _run(recipe, built, here, report, stop)
         except BaseException as error:
             report.close("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", error)
             raise
@@ -99,7 +100,7 @@ def _updates(
     stream = batches(built.dataset, keys, workers=loop.num_workers, pin=here.device.type == "cuda")
     with profiler(loop.profile, report.folder, here) as profile:
         while state.step < total:
-            began = time.perf_counter()
+            began, here.update = time.perf_counter(), state.step + 1
             lr = learning_rate(recipe.optim, state.step, total)
             for group in built.optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]

@@ -30,6 +30,8 @@ def write_folder(module: Any, folder: Path, state: Mapping[str, Tensor | Lazy]) 
     """
     folder.mkdir(parents=True, exist_ok=True)
     module.save_config(folder)
+    config = folder / "config.json"  # a network that is spread over ranks has a class of torch's own making
+    config.write_text(config.read_text().replace('"_class_name": "FSDP', '"_class_name": "'))
     stored = getattr(module, "stored", dict)
     return write_weights(folder, stored(state), getattr(module, "weights_name", NAME))
 

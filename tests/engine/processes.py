@@ -14,22 +14,24 @@ from tests.tracking.servers import free_port
 SERVER = multiprocessing.get_context("forkserver")
 
 
-def start(recipe: Recipe, said: Path, threads: int = 1, rank: int = 0, world: int = 1, port: int = 0, **launch):
-    """Start one process of a run; its stderr is appended to `said`."""
-    process = SERVER.Process(target=_train, args=(recipe, said, threads, rank, world, port, launch))
+def start(
+    recipe: Recipe, said: Path, threads: int = 1, rank: int = 0, world: int = 1, port: int = 0, local: int = 0, **launch
+):
+    """Start one process of a run, as on a machine with `local` of them; its stderr is appended to `said`."""
+    process = SERVER.Process(target=_train, args=(recipe, said, threads, rank, world, port, local, launch))
     process.start()
     return process
 
 
-def _train(recipe: Recipe, said: Path, threads: int, rank: int, world: int, port: int, launch: dict) -> None:
+def _train(recipe: Recipe, said: Path, threads: int, rank: int, world: int, port: int, local: int, launch: dict):
     from core.train import train
 
-    begin(said, threads, rank, world, port)
+    begin(said, threads, rank, world, port, local)
     result = train(recipe, Launch(device="cpu", **launch))
     sys.exit(128 + result.asked.signal if result.asked.signal else 0)
 
 
-def begin(said: Path, threads: int, rank: int = 0, world: int = 1, port: int = 0) -> None:
+def begin(said: Path, threads: int, rank: int = 0, world: int = 1, port: int = 0, local: int = 0) -> None:
     """Threads and output of a process, and what torchrun puts into its environment."""
     import torch
 
@@ -37,6 +39,7 @@ def begin(said: Path, threads: int, rank: int = 0, world: int = 1, port: int = 0
         os.dup2(file.fileno(), sys.stderr.fileno())
     if world > 1:
         here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        here["LOCAL_WORLD_SIZE"] = local or world
         os.environ.update({name: str(value) for name, value in here.items()})
     torch.set_num_threads(threads)
 
@@ -81,7 +84,7 @@ def _in_folder(words: Sequence[str], cwd: Path, env: dict[str, str], said: Seque
 
 
 def run_ranks(recipe: Recipe, world: int, out: Path, store: str, timeout: float = 200.0, **launch) -> Path:
-    """Train on `world` gloo processes to the end; returns `out`."""
+    """Train on `world` gloo processes to the end; returns `out`. `local` of them are on a machine; 0: all."""
     port, said = free_port(), out.with_suffix(".stderr")
     ranks = [
         start(recipe, said, rank=rank, world=world, port=port, output_dir=out, store=store, **launch)

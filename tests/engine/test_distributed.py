@@ -30,6 +30,11 @@ def exported(out):
     return {f"{file.parent.name}.{name}": tensor for file in files for name, tensor in load_file(file).items()}
 
 
+def configs(out):
+    """The configurations of all networks."""
+    return {file.parent.name: json.loads(file.read_text()) for file in (out / "export").glob("*/*config.json")}
+
+
 KINDS = {
     "replicated": "--parallel.shard 1",
     "sharded": "--parallel.shard 2",
@@ -45,7 +50,7 @@ def test_two_processes_replicated_or_sharded_give_the_losses_and_weights_of_one(
         two = run_ranks(short(name, sky, f"{LENGTH} --batch-size 1 {KINDS[kind]}"), 2, tmp_path / kind, store)
         assert losses(two) == pytest.approx(losses(one), rel=1e-5)
         mine, reference = exported(two), exported(one)
-        assert mine.keys() == reference.keys()
+        assert mine.keys() == reference.keys() and configs(two) == configs(one)
         for key in mine:
             assert torch.allclose(mine[key], reference[key], atol=1e-5), (kind, key)
     found = MlflowClient(tracking_uri=store).search_experiments()
@@ -56,8 +61,9 @@ def test_two_processes_replicated_or_sharded_give_the_losses_and_weights_of_one(
 def test_four_ranks_as_two_by_two_and_two_with_offload_give_the_losses_of_one(sky, store, tmp_path):
     name = "lvdm-video-vae-tiny"
     one = run_ranks(short(name, sky, f"{LENGTH} --batch-size 1"), 1, tmp_path / "one", store)
-    for key, world, more in (("hybrid", 4, "--parallel.shard 2"), ("offload", 2, KINDS["offloaded"])):
-        out = run_ranks(short(name, sky, f"{LENGTH} --batch-size 1 {more}"), world, tmp_path / key, store)
+    kinds = (("two machines", 4, 2, "--parallel.shard None"), ("offload", 2, 2, KINDS["offloaded"]))
+    for key, world, local, more in kinds:
+        out = run_ranks(short(name, sky, f"{LENGTH} --batch-size 1 {more}"), world, tmp_path / key, store, local=local)
         assert losses(out) == pytest.approx(losses(one), rel=1e-5), key
 
 
@@ -144,7 +150,7 @@ def test_a_rank_that_dies_takes_the_others_down_with_a_clear_line_and_no_hang(sk
     wait_for(lambda: steps(tmp_path / "run") >= 3)
     os.kill(ranks_of(hit)[1], signal.SIGKILL)
     assert hit.wait(100) != 0
-    assert "error: rank 0 of 2 lost another rank, which died or was killed" in said_by(tmp_path / "run")
+    assert "error: rank 0 of 2 lost rank 1, which died, was killed or hangs" in said_by(tmp_path / "run")
     run_id = json.loads((tmp_path / "run" / "run.json").read_text())["run_id"]
     assert MlflowClient(tracking_uri=store).get_run(run_id).info.status == "FAILED"
 
@@ -193,6 +199,14 @@ def test_a_mesh_that_does_not_fit_says_which_numbers_would():
     assert Parallel().mesh(4) == (4, 1, 1) and Parallel().mesh(1) == (1, 1, 1)
     assert Parallel(shard=2).mesh(4) == (2, 2, 1) and Parallel(shard=2, sequence=2).mesh(8) == (2, 2, 2)
     assert Parallel(replicate=2, shard=None).mesh(8) == (2, 4, 1) and Parallel(shard=None).mesh(4) == (1, 4, 1)
+    # several machines: shards within one, copies across them
+    assert Parallel(shard=None).mesh(16, local=8) == (2, 8, 1) and Parallel(shard=None).mesh(8, local=8) == (1, 8, 1)
+    assert Parallel(shard=None, sequence=2).mesh(16, local=8) == (2, 4, 2)
+    assert Parallel(shard=None, replicate=1).mesh(16, local=8) == (1, 16, 1) and Parallel().mesh(16, local=8) == (
+        16,
+        1,
+        1,
+    )
     with pytest.raises(UserError, match=r"needs 6 ranks, there are 4; what fits: 4 x 1 x 1, 2 x 2 x 1, 1 x 4 x 1"):
         Parallel(replicate=3, shard=2).mesh(4)
     with pytest.raises(UserError, match=r"there are 8; what fits: 4 x 1 x 2, 2 x 2 x 2, 1 x 4 x 2"):
