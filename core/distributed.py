@@ -14,7 +14,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore, Store
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -181,7 +188,9 @@ def of_this_start(store: Store) -> Store:
 
 
 def spread(system: System, parallel: Parallel, here: Ranks) -> None:
-    """Put the trained modules on the mesh, block by block, root last. Without a mesh they stay plain modules."""
+    """Put the trained modules on the mesh, block by block, root last, and large frozen ones as a whole. Without a mesh
+    they stay plain modules.
+    """
     if here.mesh is None:
         return
     mesh = here.mesh["replicate", "shard"]
@@ -189,6 +198,14 @@ def spread(system: System, parallel: Parallel, here: Ranks) -> None:
     offload = CPUOffloadPolicy(pin_memory=here.device.type == "cuda") if parallel.offload else OffloadPolicy()
     for module in (*system.blocks(), *system.trained.values()):
         fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload)
+    if here.mesh["shard"].size() == 1:
+        return
+    for module in system.frozen.values():
+        if sum(p.numel() for p in module.parameters()) >= parallel.shard_frozen_from:
+            fully_shard(module, mesh=mesh, reshard_after_forward=True)
+            for method in ("encode", "decode"):  # of an autoencoder: they are called, and forward is not
+                if hasattr(module, method):
+                    register_fsdp_forward_method(module, method)
 
 
 def synchronise_gradients(modules: nn.ModuleDict, on: bool) -> None:
@@ -196,6 +213,11 @@ def synchronise_gradients(modules: nn.ModuleDict, on: bool) -> None:
     for module in modules.values():
         if isinstance(module, FSDPModule):
             module.set_requires_gradient_sync(on)
+
+
+def is_spread(module: nn.Module) -> bool:
+    """Whether each call of a module is a collective."""
+    return isinstance(module, FSDPModule)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ FREE = (
     "parallel.shard",
     "parallel.sequence",
     "parallel.offload",
+    "parallel.shard_frozen_from",
     "system.attention",
 )
 FREE_SLOTS = ("validation", "checkpoint", "tracking")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from core import manifest
 from core.build import Built
-from core.distributed import Ranks, full
+from core.distributed import Ranks, full, is_spread
 from core.journal import said
 from core.media import enlarged, four_frames, overview, tiled, to_uint8, write_gif, write_mp4
 from core.mlflow_page import CELLS
@@ -221,10 +221,12 @@ class Report:
         gathers them, tensor by tensor, on the CPU.
         """
         folder, system = self.folder / "export", built.system
-        weights: dict[str, dict[str, Tensor]] = {name: {} for name in system.trained}
         with self._averaged(built):  # to the end of the writing: these may be views of what is swapped back
-            for name, module in system.trained.items():
-                for key, tensor in exported(module).items():
+            networks = {name: exported(module) for name, module in system.trained.items()}
+            networks |= {name: module.state_dict() for name, module in system.frozen.items() if is_spread(module)}
+            weights: dict[str, dict[str, Tensor]] = {name: {} for name in networks}
+            for name, tensors in networks.items():
+                for key, tensor in tensors.items():
                     whole = full(tensor.detach())
                     if self.here.first:
                         weights[name][key] = whole.cpu()

@@ -103,14 +103,17 @@ class CLIPTextEncoder(nn.Module):
                     f"{getattr(self.slot, name)!r}: set {name} to that of the weights"
                 )
 
-    def write(self, folder: Path) -> None:
-        """`text_encoder/` and `tokenizer/` as transformers lays them out, under the published names."""
+    def write(self, folder: Path, state: Mapping[str, Tensor]) -> None:
+        """`text_encoder/` and `tokenizer/` as transformers lays them out, under the published names, with the whole
+        tensors `state` of this module.
+        """
         if self.tokenizer is None:
             raise UserError("the text encoder cannot be written: it has no tokenizer yet")
         own = folder / self.slot.component
         own.mkdir(parents=True, exist_ok=True)
-        state = {PREFIX + bare(name): t.detach().cpu().contiguous() for name, t in self.model.state_dict().items()}
-        save_file(state, own / "model.safetensors", metadata={"format": "pt"})
+        named = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+        published = {PREFIX + bare(name): t.detach().cpu().contiguous() for name, t in named.items()}
+        save_file(published, own / "model.safetensors", metadata={"format": "pt"})
         (own / "model.safetensors").chmod(0o644)
         self.model.config.save_pretrained(own)
         self.tokenizer.save_pretrained(folder / "tokenizer")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import prod
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from core.errors import UserError
 from core.slots.slot import Slot
@@ -11,6 +11,8 @@ from core.slots.slot import Slot
 
 class Parallel(Slot):
     """Replicas x shards x sequence parts, over one mesh of ranks. What is None follows from the number of ranks."""
+
+    since: ClassVar[dict[str, Any]] = {"shard_frozen_from": 1_000_000_000}
 
     replicate: int | None = None
     """Copies of the model, each on its own samples."""
@@ -26,8 +28,14 @@ class Parallel(Slot):
     """What gradients are averaged in."""
     offload: bool = False
     """Keep shards of weights, gradients and optimizer state in the host's memory (slow, but large models fit)."""
+    shard_frozen_from: int = 1_000_000_000
+    """Parameters from which a frozen network (text encoder, autoencoder) is split over the shard ranks too, and
+    gathered for each call. It is read whole on each rank first.
+    """
 
     def check(self) -> None:
+        if self.shard_frozen_from < 0:
+            self.refuse("shard_frozen_from", "must not be negative")
         for name in ("replicate", "shard", "sequence"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -65,7 +65,7 @@ class System:
 
     def export(self, folder: Path, weights: dict[str, dict[str, Tensor]]) -> None:
         """Write diffusers-format folders. `weights` are whole tensors by the names of `trained`: what
-        `core.models.partly.exported` says of each network.
+        `core.models.partly.exported` says of each network; and by the names of frozen networks that are spread.
         """
         for name, module in self.trained.items():
             if hasattr(module, "write"):
@@ -75,11 +75,11 @@ class System:
             if hasattr(module, "write_beside"):
                 module.write_beside(folder)  # type: ignore[operator]
         for name, module in self.frozen.items():
-            self.write_frozen(name, module, folder)
+            self.write_frozen(name, module, folder, weights[name] if name in weights else module.state_dict())
 
-    def write_frozen(self, name: str, module: nn.Module, folder: Path) -> None:
-        """Write one frozen network of an export."""
-        write_folder(module, folder / name, module.state_dict())
+    def write_frozen(self, name: str, module: nn.Module, folder: Path, state: dict[str, Tensor]) -> None:
+        """Write one frozen network of an export, with the whole tensors `state`."""
+        write_folder(module, folder / name, state)
 
     def to(self, device: torch.device) -> System:
         """Move everything to `device`."""

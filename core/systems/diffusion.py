@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from core.distributed import is_spread
 from core.draw import Draw
 from core.errors import UserError
 from core.free_init import rounds
@@ -111,7 +112,9 @@ class DiffusionSystem(System):
                 )
             given = batch["text_states"].float()  # (B, N, D)
             lost = torch.tensor(dropped, device=given.device)[:, None, None]
-            return (torch.where(lost, self.states([""]), given) if any(dropped) else given,)
+            # the call of a text encoder that is spread is a collective: every rank makes it
+            needed = any(dropped) or is_spread(self.text)
+            return (torch.where(lost, self.states([""]), given) if needed else given,)
         if "caption" not in batch:
             raise UserError("the data give no captions, and this denoiser is told a text: take data that have them")
         return (self.states(["" if lost else text for text, lost in zip(batch["caption"], dropped, strict=True)]),)
@@ -223,11 +226,11 @@ class DiffusionSystem(System):
     def reconstruct(self, batch: Batch, draw: Draw) -> Tensor | None:
         return None if self.autoencoder is None else self.pixels(self.latents(batch["pixel_values"], draw))
 
-    def write_frozen(self, name: str, module: nn.Module, folder: Path) -> None:
+    def write_frozen(self, name: str, module: nn.Module, folder: Path, state: dict[str, Tensor]) -> None:
         if module is self.text:
-            module.write(folder)  # type: ignore[operator]
+            module.write(folder, state)  # type: ignore[operator]
         else:
-            super().write_frozen(name, module, folder)
+            super().write_frozen(name, module, folder, state)
 
     def export(self, folder: Path, weights: dict[str, dict[str, Tensor]]) -> None:
         super().export(folder, weights)

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.claims
 
 @pytest.mark.parametrize("name", TWINS)
 def test_four_ranks_as_two_by_two_give_the_losses_and_weights_of_one(sky, store, tmp_path, name):
-    words = f"{LENGTH} --batch-size 1 --parallel.shard None"
+    words = f"{LENGTH} --batch-size 1 --parallel.shard None --parallel.shard-frozen-from 0"
     one = run_ranks(short(name, sky, words), 1, tmp_path / "one", store)
     four = run_ranks(short(name, sky, words), 4, tmp_path / "four", store, timeout=1000.0, local=2)
     assert losses(four) == pytest.approx(losses(one), rel=1e-5)

@@ -37,7 +37,7 @@ def configs(out):
 
 KINDS = {
     "replicated": "--parallel.shard 1",
-    "sharded": "--parallel.shard 2",
+    "sharded": "--parallel.shard 2 --parallel.shard-frozen-from 0",
     "offloaded": "--parallel.shard 2 --parallel.offload True",
 }
 

@@ -37,5 +37,5 @@ def write_text(folder: Path, seed: int = 0, **options) -> Path:
     for parameter in encoder.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     encoder.tokenizer = byte_tokenizer()
-    encoder.write(folder)
+    encoder.write(folder, encoder.state_dict())
     return folder
