@@ -155,10 +155,15 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return [f"{name}: {then.get(name)} there, {now.get(name)} here" for name in names]
 
 
-def refuse_stale(folder: Path, there: About, recipe: Recipe, dataset: Any, held_out: Any) -> None:
-    """Raise UserError, field by field, where the cache is not of what this recipe would read and encode."""
+def refuse_stale(folder: Path, there: About, recipe: Recipe, dataset: Any, held_out: Any, weights: Prints) -> None:
+    """Raise UserError, field by field, where the cache is not of what this recipe would read and encode with `weights`.
+    Constants of the latents are applied when it is read.
+    """
     changes = differences(there.facts, facts(recipe, dataset, held_out))
-    changes += [line for _, line in changed(there.frozen, stored_prints(recipe), "the cache was made with")]
+    kept = {
+        field: {fact: v for fact, v in found.items() if fact != "constants"} for field, found in there.frozen.items()
+    }
+    changes += [line for _, line in changed(kept, weights, "the cache was made with")]
     if changes:
         raise UserError(
             f"the cache {folder} is stale: {'; '.join(changes[:6])}. Make another, data cache {recipe.name} with "
@@ -195,9 +200,12 @@ def _stored(path: str, slot: Any) -> dict[str, Any]:
         raise UserError(f"{path}.weights is not set: samples need this network; or --validation.num-samples 0")
     with torch.device("meta"):
         module = nn.Module.to(slot.build(), DTYPES[slot.dtype])  # not diffusers' own, which warns
-    found = {"from": slot.weights, "dtype": str(DTYPES[slot.dtype]).removeprefix("torch.")}
+    found: dict[str, Any] = {"from": slot.weights, "dtype": str(DTYPES[slot.dtype]).removeprefix("torch.")}
     if isinstance(slot, Autoencoder):
-        state, _ = read_component(slot.weights, slot.component, module)
+        state, config = read_component(slot.weights, slot.component, module)
+        constants = module.constants_of(config) if config else None  # type: ignore[operator]
+        if constants is not None:
+            found["constants"] = list(constants)  # type: ignore[arg-type]
     elif hasattr(module, "stored"):
         state, tokenizer = module.stored(slot.weights)  # type: ignore[operator]
         found["tokenizer"] = vocabulary(tokenizer)

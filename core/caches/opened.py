@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core.caches.facts import read_about, refuse_stale, refuse_what_has_no_latents
+from core.caches.facts import read_about, refuse_stale, refuse_what_has_no_latents, stored_prints
 from core.caches.samples import CachedSamples
 from core.caches.shards import read_empty
 from core.errors import UserError
@@ -41,12 +41,13 @@ def open_cache(folder: Path, recipe: Recipe, dataset: Any, held_out: Any) -> Ope
     """
     refuse_what_has_no_latents(recipe)
     there = read_about(folder)
-    refuse_stale(folder, there, recipe, dataset, held_out)
+    weights = stored_prints(recipe)
+    refuse_stale(folder, there, recipe, dataset, held_out, weights)
     told = any(not isinstance(slot, Autoencoder) for _, slot in frozen_parts(recipe))
     empty = read_empty(folder) if told else None
     training = CachedSamples(dataset, folder, there.training, empty)
     training.refuse_other_content()
-    constants, frozen = _constants(recipe, there.frozen)
+    constants, frozen = _constants(recipe, there.frozen, weights)
     part = there.training
     return Opened(
         training=training,
@@ -60,13 +61,16 @@ def open_cache(folder: Path, recipe: Recipe, dataset: Any, held_out: Any) -> Ope
     )
 
 
-def _constants(recipe: Recipe, there: Prints) -> tuple[tuple[float, float] | None, Prints]:
-    """Constants that the recipe leaves to the weights, and the prints with places and constants as they are now."""
+def _constants(recipe: Recipe, there: Prints, here: Prints) -> tuple[tuple[float, float] | None, Prints]:
+    """Constants that the recipe leaves to the weights, as they are now where the weights are here; and the prints with
+    places and constants of now.
+    """
     constants: tuple[float, float] | None = None
     frozen: Prints = {}
     for path, slot in frozen_parts(recipe):
         found = there.get(f"{path}.weights", {}) | {"from": slot.weights}
         if isinstance(slot, Autoencoder):
+            found |= {fact: v for fact, v in here.get(f"{path}.weights", {}).items() if fact == "constants"}
             match slot.scale_factor, found.get("constants"):
                 case None, [int() | float() as scale, int() | float() as shift]:
                     constants = (scale, shift)

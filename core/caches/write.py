@@ -72,6 +72,7 @@ def make(
     preflight(recipe)
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     here = choose_device(device)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = recipe.loop.tf32  # as in a run
     dataset, held_out = recipe.data.build(), recipe.validation_data.build()
     system = frozen_networks(recipe, here)
     assert isinstance(system, DiffusionSystem)
@@ -94,7 +95,8 @@ def _enter(to: Path, new: About) -> None:
     """The folder is this cache's. Several processes may come at once: they bring the same."""
     to.mkdir(parents=True, exist_ok=True)
     if not (to / NAME).exists():
-        if foreign := sorted(p.name for p in to.iterdir() if not p.name.startswith(".partial-")):
+        foreign = sorted(p.name for p in to.iterdir() if not p.name.startswith(".partial-"))
+        if foreign and not (to / NAME).exists():  # another process may have written it in between
             raise UserError(
                 f"--to {to} holds files that no cache wrote ({', '.join(foreign[:5])}): name another folder"
             )

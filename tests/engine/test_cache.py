@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import pickle
 import shutil
 import signal
 import sys
@@ -115,6 +116,25 @@ def test_every_twin_trained_on_latents_gets_what_it_would_compute(name, caches, 
     if system.reads_frozen_text:
         states, expected = (system._told(batch, [False, True])[0] for batch in (kept, bare))
         torch.testing.assert_close(states, expected, rtol=0, atol=1e-5)
+
+
+def test_a_worker_that_reads_a_cache_maps_its_files_itself(caches, sky):
+    recipe = short(TEXT, sky)
+    training = opened(recipe, caches(TEXT)).training
+    there = pickle.loads(pickle.dumps(training))  # noqa: S301
+    for name, value in training[0, 0, 3, 0].items():
+        other = there[0, 0, 3, 0][name]
+        assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
+
+
+def test_constants_of_latents_are_those_of_the_weights_at_the_time_of_training(caches, sky, tmp_path):
+    copy = Path(shutil.copytree(SHIPPED / "kl-vae-tiny", tmp_path / "vae"))
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"scaling_factor": 0.5}))
+    places = ("shipped:kl-vae-tiny", copy, "gone")
+    found = [opened(short(TEXT, sky, f"{SILENT} --{VAE} {place}"), caches(TEXT)) for place in places]
+    assert [made.constants[0] for made in found] == [config["scaling_factor"], 0.5, config["scaling_factor"]]
+    assert found[1].frozen[VAE]["constants"][0] == 0.5
 
 
 def test_a_third_epoch_sees_the_clips_of_the_first(caches, sky):
