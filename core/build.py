@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from core.attention import choose_attention
+from core.caches.opened import Opened, open_cache
 from core.deferred import recording
 from core.distributed import Ranks, spread
 from core.ema import EMA
@@ -45,6 +48,8 @@ class Built:
     """What the frozen parts are, for checkpoints."""
     total_steps: int
     start: Start
+    cached: bool = False
+    """Whether data and held-out data come from a cache, and the frozen parts are on the meta device."""
 
 
 def build(recipe: Recipe, launch: Launch, here: Ranks) -> Built:
@@ -52,10 +57,14 @@ def build(recipe: Recipe, launch: Launch, here: Ranks) -> Built:
     check_batch(recipe, here.data_world)
     dataset, held_out = recipe.data.build(), recipe.validation_data.build()
     _same_data(dataset, held_out, here)
+    cache = open_cache(launch.cache, recipe, dataset, held_out) if launch.cache else None
     begin = _start(recipe, launch, here)
+    if cache is not None:
+        dataset, held_out = cache.training, cache.held_out
+        begin = dataclasses.replace(begin, notes=(*begin.notes, cache.note))
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = recipe.loop.tf32
-    system = _assemble(recipe, launch, here, begin)
-    frozen = prints(recipe, system)
+    system = _assemble(recipe, launch, here, begin, cache)
+    frozen = prints(recipe, system, known=cache.frozen if cache else None)
     held_against(begin.checkpoint, frozen, launch.allow, here)
     groups = parameter_groups(system.trained, recipe.optim)
     return Built(
@@ -69,10 +78,11 @@ def build(recipe: Recipe, launch: Launch, here: Ranks) -> Built:
         frozen=frozen,
         total_steps=total_steps(recipe, len(dataset)),
         start=begin,
+        cached=cache is not None,
     )
 
 
-def _assemble(recipe: Recipe, launch: Launch, here: Ranks, begin: Start) -> System:
+def _assemble(recipe: Recipe, launch: Launch, here: Ranks, begin: Start, cache: Opened | None) -> System:
     """The system on this rank's device: built on the meta device, spread, then filled tensor by tensor, so that no rank
     holds the whole of what it keeps a part of, and nothing is drawn that a checkpoint brings.
     """
@@ -80,8 +90,10 @@ def _assemble(recipe: Recipe, launch: Launch, here: Ranks, begin: Start) -> Syst
         system = recipe.system.build()
     fresh = Fresh(tape, system.trained, system.frozen)
     _refuse_impossible(recipe, system, here)
-    fresh.fill(system.frozen, recipe.loop.seed, here.device, skip=dict(system.frozen.named_parameters()))
-    load_frozen(recipe, system)
+    if cache is None:
+        _fill_frozen(recipe, system, fresh, here.device)
+    else:
+        cache.give_constants(system)
     system.mode(training=True)
     prepare_blocks(system, recipe.loop.activation_checkpointing, recipe.loop.compile)
     spread(system, recipe.parallel, here)
@@ -96,6 +108,37 @@ def _assemble(recipe: Recipe, launch: Launch, here: Ranks, begin: Start) -> Syst
             load_learnt(module, launch.init_from, name)
     attend(system, recipe, here)
     return system
+
+
+def _fill_frozen(recipe: Recipe, system: System, fresh: Fresh, device: torch.device) -> None:
+    fresh.fill(system.frozen, recipe.loop.seed, device, skip=dict(system.frozen.named_parameters()))
+    load_frozen(recipe, system)
+
+
+def frozen_networks(recipe: Recipe, device: torch.device) -> System:
+    """A system of which the frozen networks are there, and the trained ones stay on the meta device."""
+    with recording() as tape:
+        system = recipe.system.build()
+    _fill_frozen(recipe, system, Fresh(tape, system.trained, system.frozen), device)
+    system.mode(training=False)
+    return system
+
+
+@contextmanager
+def frozen_at_hand(recipe: Recipe, built: Built, here: Ranks) -> Iterator[None]:
+    """Inside, the frozen networks are there. Those of a run from a cache are loaded for it and let go afterwards; where
+    it makes no samples, there are none.
+    """
+    if not built.cached:
+        yield
+        return
+    system, away = built.system, built.system.frozen
+    loaded = frozen_networks(recipe, here.device).frozen if recipe.validation.generates else nn.ModuleDict()
+    system.frozen = loaded
+    try:
+        yield
+    finally:
+        system.frozen = away
 
 
 def _refuse_impossible(recipe: Recipe, system: System, here: Ranks) -> None:

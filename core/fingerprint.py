@@ -22,6 +22,8 @@ from core.errors import UserError
 from core.preflight import frozen_parts
 from core.slots import Autoencoder, Recipe
 from core.systems import System
+from core.weights.fit import refuse_misfit
+from core.weights.lazy import State
 from core.weights.start import frozen_starts
 
 VALUES = 1024
@@ -48,10 +50,25 @@ def fingerprint_of(tensors: Mapping[str, Tensor]) -> str:
     return total.hexdigest()
 
 
-def _bits(tensor: Tensor) -> bytes:
-    """Values at a fixed stride, which is odd, so that a walk through a matrix does not stay in some of its columns."""
+def fingerprint_of_stored(module: nn.Module, state: State) -> str:
+    """The `fingerprint` that a module (on the meta device) would have with these tensors, of which only the values that
+    count are read. Raises UserError where they are not the module's.
+    """
+    refuse_misfit(module, state)
+    total = hashlib.sha256()
+    for name, own in sorted(module.state_dict().items()):
+        total.update(f"{name} {tuple(own.shape)} {own.dtype}\n".encode())
+        total.update(_bits(state[name].read(), own.dtype))
+    return total.hexdigest()
+
+
+def _bits(tensor: Tensor, dtype: torch.dtype | None = None) -> bytes:
+    """Values at a fixed stride, which is odd, so that a walk through a matrix does not stay in some of its columns;
+    cast to `dtype`.
+    """
     stride = -(-tensor.numel() // VALUES) | 1
-    return tensor.reshape(-1)[::stride].cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    values = tensor.reshape(-1)[::stride].to(dtype or tensor.dtype)
+    return values.cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def vocabulary(tokenizer: Any) -> str:
@@ -59,17 +76,22 @@ def vocabulary(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
-def prints(recipe: Recipe, system: System) -> Prints:
+def prints(recipe: Recipe, system: System, known: Prints | None = None) -> Prints:
     """Of all that a recipe takes as it is: frozen parts, what is frozen in trained ones, and the tokenizers of trained
-    ones. A collective.
+    ones. A collective. `known`: those of the frozen parts, where these are not loaded.
     """
-    found = {f"{path}.weights": _of_frozen(slot, system.frozen[slot.component]) for path, slot in frozen_parts(recipe)}
+    found = frozen_prints(recipe, system) if known is None else dict(known)
     for field, (place, tensors) in frozen_starts(recipe, system.trained).items():
         found[field] = {"from": place, "dtype": "float32", "tensors": fingerprint_of(tensors)}
     for i, slot in enumerate(getattr(recipe.system, "conditions", ())):
         if slot.trained and (tokenizer := getattr(system.trained[slot.component], "tokenizer", None)) is not None:
             found[f"system.conditions.{i}.tokenizer"] = {"from": slot.tokenizer, "tokenizer": vocabulary(tokenizer)}
     return found
+
+
+def frozen_prints(recipe: Recipe, system: System) -> Prints:
+    """Of the frozen parts alone."""
+    return {f"{path}.weights": _of_frozen(slot, system.frozen[slot.component]) for path, slot in frozen_parts(recipe)}
 
 
 def _of_frozen(slot: Any, module: nn.Module) -> dict[str, Any]:
@@ -82,14 +104,14 @@ def _of_frozen(slot: Any, module: nn.Module) -> dict[str, Any]:
     return found
 
 
-def changed(then: Prints, now: Prints) -> Iterator[tuple[str, str]]:
-    """Fields of the recipe at whose place something else is now, and a line on each."""
+def changed(then: Prints, now: Prints, used: str = "the run was trained with") -> Iterator[tuple[str, str]]:
+    """Fields of the recipe at whose place something else is now, and a line on each. `used`: what it was for."""
     for field in sorted(then.keys() & now.keys()):
         if differ := _differ(then[field], now[field]):
             place = now[field]["from"]
             yield (
                 field,
-                f"{field}: what is at {place} is not what the run was trained with ({' and '.join(differ)} changed)",
+                f"{field}: what is at {place} is not what {used} ({' and '.join(differ)} changed)",
             )
 
 

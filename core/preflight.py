@@ -66,7 +66,11 @@ def preflight(recipe: Recipe, launch: Launch = Launch(), here: bool = True) -> N
     if here and launch.push_to_hub != "none" and os.environ.get("RANK", "0") == "0":
         ready("--push-to-hub")
     _refuse_words_for_the_deaf(recipe)
-    missing = [*_missing_weights(recipe), *_missing_tokenizers(recipe), *(_missing_data(recipe) if here else ())]
+    missing = [
+        *_missing_weights(recipe, launch),
+        *_missing_tokenizers(recipe),
+        *(_missing_data(recipe) if here else ()),
+    ]
     if missing:
         twin = f"{recipe.name}-tiny" if not recipe.name.endswith("-tiny") else recipe.name
         raise Screen(
@@ -92,8 +96,9 @@ def _refuse_words_for_the_deaf(recipe: Recipe) -> None:
         raise UserError(f"validation.{field}: {recipe.name} is told no text; leave it out, or take a recipe that is")
 
 
-def _missing_weights(recipe: Recipe) -> list[str]:
-    parts = [*frozen_parts(recipe), *((origin.path, origin.slot) for origin in origins(recipe) if origin.needed)]
+def _missing_weights(recipe: Recipe, launch: Launch) -> list[str]:
+    frozen = [] if launch.cache and not recipe.validation.generates else frozen_parts(recipe)
+    parts = [*frozen, *((origin.path, origin.slot) for origin in origins(recipe) if origin.needed)]
     return [
         _entry(
             f"{path}.weights is not set; this part is frozen, so it needs trained weights", slot, f"--{path}.weights"

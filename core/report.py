@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from core import manifest
-from core.build import Built
+from core.build import Built, frozen_at_hand
 from core.distributed import Ranks, full, is_spread
 from core.journal import said
 from core.media import enlarged, four_frames, overview, tiled, to_uint8, write_gif, write_mp4
@@ -147,9 +147,11 @@ class Report:
         Leave when the run is to end.
         """
         system, slot = built.system, self.recipe.validation
+        if built.cached and not slot.generates:  # nothing here needs the frozen networks
+            return {}
         count = max(slot.num_samples, slot.metric_clips if final else 0)
         system.mode(training=False)
-        with self._averaged(built):
+        with self._averaged(built), frozen_at_hand(self.recipe, built, self.here):
             prompts = prompts_of(self.recipe, built.held_out, count, self.here)
             made = (
                 generate(system, self.recipe, slot.sampler, count, self.here, asked=self._asked, prompts=prompts)
@@ -221,7 +223,8 @@ class Report:
         gathers them, tensor by tensor, on the CPU.
         """
         folder, system = self.folder / "export", built.system
-        with self._averaged(built):  # to the end of the writing: these may be views of what is swapped back
+        # to the end of the writing: these may be views of what is swapped back
+        with self._averaged(built), frozen_at_hand(self.recipe, built, self.here):
             networks = {name: exported(module) for name, module in system.trained.items()}
             networks |= {name: module.state_dict() for name, module in system.frozen.items() if is_spread(module)}
             weights: dict[str, dict[str, Tensor]] = {name: {} for name in networks}

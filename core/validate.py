@@ -110,14 +110,21 @@ def prompts_of(recipe: Recipe, dataset: Any, count: int, ranks: Ranks) -> list[s
     return [texts[i % len(texts)] for i in range(count)]
 
 
+def uncached(dataset: Any) -> Any:
+    """The dataset itself, of one that stands for it with what a cache has of its samples."""
+    return getattr(dataset, "original", dataset)
+
+
 def captions(dataset: Any, count: int) -> list[str]:
     """Captions of the first `count` samples of a dataset's fixed order."""
+    dataset = uncached(dataset)
     parts = [[key] for key in fixed_keys(dataset, count)]
     return [text for batch in batches(dataset, parts, workers=0, pin=False) for text in batch["caption"]]
 
 
 def real_clips(dataset: Any, count: int, workers: int = 0) -> Tensor:
     """The first `count` clips of a dataset's fixed order, (count, 3, T, H, W) on the CPU."""
+    dataset = uncached(dataset)
     keys = fixed_keys(dataset, count)
     parts = [keys[i : i + 8] for i in range(0, len(keys), 8)]
     return torch.cat([batch["pixel_values"] for batch in batches(dataset, parts, workers=workers, pin=False)])
@@ -126,6 +133,7 @@ def real_clips(dataset: Any, count: int, workers: int = 0) -> Tensor:
 @torch.no_grad()
 def reconstructions(system: System, dataset: Any, recipe: Recipe, ranks: Ranks) -> Tensor | None:
     """Held-out clips above their reconstructions, (2n, 3, T, H, W) on the CPU; None where there is no autoencoder."""
+    dataset = uncached(dataset)
     slot = recipe.validation
     keys = fixed_keys(dataset, max(1, slot.num_samples))
     parts = [keys[i : i + slot.batch_size] for i in range(0, len(keys), slot.batch_size)]

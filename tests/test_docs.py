@@ -152,7 +152,7 @@ def _parse(verb: str, what: str = "", *flags: str) -> None:
     from core.build import check_batch
     from core.cli import parse
     from core.slots import Launch
-    from core.verbs.data import CheckFlags
+    from core.verbs.data import FLAGS as DATA
     from core.verbs.data import read as read_data
     from core.verbs.flags import DoctorFlags, EvalFlags, MeasureFlags, SampleFlags, StoreFlags, UiFlags
     from core.verbs.launch import launch as launch_job
@@ -177,8 +177,8 @@ def _parse(verb: str, what: str = "", *flags: str) -> None:
         case "weights":
             *_, given = read_weights([what, *flags])
             assert not getattr(given, "recipe", None) or get(given.recipe)
-        case "data" if what == "check":
-            parse(flags[1:], get(flags[0]), CheckFlags())
+        case "data" if what in ("check", "cache"):
+            parse(flags[1:], get(flags[0]), DATA[what]())
         case "data":
             read_data([what, *flags])
         case "diff":

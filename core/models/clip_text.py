@@ -82,17 +82,26 @@ class CLIPTextEncoder(nn.Module):
 
         Raises UserError where something is missing, left over, or says something else than the slot.
         """
+        state, self.tokenizer = self._read(spec)
+        load_strict(self.model, state)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(self.model.config, name, getattr(self.tokenizer, name))
+
+    def stored(self, spec: str) -> tuple[dict[str, Any], CLIPTokenizer]:
+        """What `load` takes: tensors by their names here, each read when it is asked for, and the tokenizer."""
+        state, tokenizer = self._read(spec)
+        return {f"model.{name}": entry for name, entry in state.items()}, tokenizer
+
+    def _read(self, spec: str) -> tuple[dict[str, Any], CLIPTokenizer]:
         path = locate(spec, self.slot.component)
         state, config = read_component(path, self.slot.component)
         self._agree(config.get("text_config", config), path)
-        load_strict(self.model, text_names(state, self.model))
-        self.tokenizer = read_tokenizer(path)
-        if len(self.tokenizer) > self.slot.vocab_size:
+        tokenizer = read_tokenizer(path)
+        if len(tokenizer) > self.slot.vocab_size:
             raise UserError(
-                f"{path}: the tokenizer has {len(self.tokenizer)} tokens, the text encoder knows {self.slot.vocab_size}"
+                f"{path}: the tokenizer has {len(tokenizer)} tokens, the text encoder knows {self.slot.vocab_size}"
             )
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            setattr(self.model.config, name, getattr(self.tokenizer, name))
+        return text_names(state, self.model), tokenizer
 
     def _agree(self, config: Mapping[str, Any], path: Path) -> None:
         """Not every difference shows in the shape of a tensor."""

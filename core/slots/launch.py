@@ -27,6 +27,8 @@ class Launch(Slot):
     """Fields or slots of the recipe in which a resumed run may differ from its checkpoint, e.g. optim.lr."""
     init_from: str | None = None
     """Start the trained networks from these weights: a folder, a checkpoint file, a hub id or run:<id>."""
+    cache: Path | None = None
+    """Train from this cache of latents and states of captions, which `data cache` made; encoders are not loaded."""
     overwrite: bool = False
     """Empty an output directory that is in use (a run's files only) and start afresh."""
     nproc: int = 1

@@ -34,6 +34,11 @@ class Validation(Slot):
     fps: int = 8
     """Frames a second of the clips that are written."""
 
+    @property
+    def generates(self) -> bool:
+        """Whether a run makes samples, now and then or at its end."""
+        return self.num_samples > 0 or self.metric_clips > 0
+
     def check(self) -> None:
         for name in ("every", "sample_every", "num_samples", "metric_clips"):
             if getattr(self, name) < 0:

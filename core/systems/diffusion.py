@@ -52,7 +52,8 @@ class DiffusionSystem(System):
     @property
     def autoencoder(self) -> nn.Module | None:
         """The frozen autoencoder; None in pixel space."""
-        return None if self.slot.autoencoder is None else self.frozen[self.slot.autoencoder.component]
+        slot = self.slot.autoencoder
+        return self.frozen[slot.component] if slot is not None and slot.component in self.frozen else None
 
     @property
     def text(self) -> nn.Module | None:
@@ -65,19 +66,34 @@ class DiffusionSystem(System):
     def blocks(self) -> list[nn.Module]:
         return [block for network in self.trained.values() for block in network.blocks()]  # type: ignore[operator]
 
+    @property
+    def reads_frozen_text(self) -> bool:
+        """Whether the denoiser is told states that a frozen text encoder makes."""
+        return self.text is not None and not self.slot.conditions[0].trained
+
     @torch.no_grad()
-    def latents(self, video: Tensor, draw: Draw) -> Tensor:
-        """Pixels (B, 3, T, H, W) → latents (B, C, T', H', W') in fp32, a sample of the posterior; pixels where there is
-        no autoencoder.
+    def latents(self, batch: Batch, draw: Draw) -> Tensor:
+        """Latents (B, C, T', H', W') in fp32 of a batch's clips, a sample of the posterior, which is encoded here or
+        comes with the batch; pixels where there is no autoencoder.
         """
         vae = self.autoencoder
         if vae is None:
-            return video
-        noise = draw.noise(self._latent_shape(video.shape[2:]), "posterior").to(_dtype(vae))
+            return batch["pixel_values"]  # type: ignore[no-any-return]
+        if "posterior_mean" in batch:
+            mean, std = batch["posterior_mean"], batch["posterior_std"]
+        else:
+            mean, std = self.posterior(batch["pixel_values"])
+        z = mean + std * draw.noise(mean.shape[1:], "posterior").to(mean.dtype)
+        return vae.to_latents(z).float()  # type: ignore[operator, no-any-return]
+
+    @torch.no_grad()
+    def posterior(self, video: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels (B, 3, T, H, W) → mean and deviation of z, (B, C, T', H', W') in the autoencoder's dtype."""
+        vae = self.autoencoder
+        assert vae is not None
         with no_autocast(video.device):
-            parts = zip(video.to(_dtype(vae)).split(ENCODED), noise.split(ENCODED), strict=True)
-            z = torch.cat([vae.encode(clips).sample(part) for clips, part in parts])  # type: ignore[operator]
-            return vae.to_latents(z).float()  # type: ignore[operator, no-any-return]
+            parts = [vae.encode(clips) for clips in video.to(_dtype(vae)).split(ENCODED)]  # type: ignore[operator]
+        return torch.cat([part.mean for part in parts]), torch.cat([part.std for part in parts])
 
     @torch.no_grad()
     def pixels(self, latents: Tensor) -> Tensor:
@@ -112,6 +128,8 @@ class DiffusionSystem(System):
                 )
             given = batch["text_states"].float()  # (B, N, D)
             lost = torch.tensor(dropped, device=given.device)[:, None, None]
+            if "empty_states" in batch:
+                return (torch.where(lost, batch["empty_states"].float(), given),)
             # the call of a text encoder that is spread is a collective: every rank makes it
             needed = any(dropped) or is_spread(self.text)
             return (torch.where(lost, self.states([""]), given) if needed else given,)
@@ -123,7 +141,7 @@ class DiffusionSystem(System):
         """Loss of each sample (B,) at timesteps t; a share `dropout` of the captions is left out."""
         objective = self.slot.objective
         condition = self._told(batch, [chance < dropout for chance in draw.chances("caption dropout")])
-        x0 = self.latents(batch["pixel_values"], draw)
+        x0 = self.latents(batch, draw)
         noise = draw.noise(x0.shape[1:])
         if objective.noise_offset:
             noise = noise + objective.noise_offset * draw.noise((x0.shape[1], 1, 1, 1), "noise offset")
@@ -224,7 +242,7 @@ class DiffusionSystem(System):
 
     @torch.no_grad()
     def reconstruct(self, batch: Batch, draw: Draw) -> Tensor | None:
-        return None if self.autoencoder is None else self.pixels(self.latents(batch["pixel_values"], draw))
+        return None if self.autoencoder is None else self.pixels(self.latents(batch, draw))
 
     def write_frozen(self, name: str, module: nn.Module, folder: Path, state: dict[str, Tensor]) -> None:
         if module is self.text:
@@ -236,7 +254,8 @@ class DiffusionSystem(System):
         super().export(folder, weights)
         stock = isinstance(self.slot.denoiser, StableDiffusionUNet)
         (StockDDIM() if stock else DDIM()).build(self.slot.objective).save_pretrained(folder / "scheduler")
-        complete(folder, self.slot)
+        if self.slot.autoencoder is None or self.autoencoder is not None:  # a run from a cache may have none of them
+            complete(folder, self.slot)
 
 
 def _dtype(module: nn.Module) -> torch.dtype:

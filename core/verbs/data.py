@@ -1,12 +1,14 @@
-"""The verb `data`: parts of captioned pictures made, listed and converted; a recipe's data read and counted. What does
-the work is handed in.
+"""The verb `data`: parts of captioned pictures made, listed and converted; a recipe's data read and counted, or what is
+frozen computed of them once. What does the work on data is handed in.
 """
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from core.cli import parse
 from core.errors import UserError, did_you_mean
@@ -79,6 +81,27 @@ class CheckFlags(VerbFlags):
             self.refuse("samples", "must be at least 1, or None for every one")
 
 
+class CacheFlags(VerbFlags):
+    """Flags of `data cache`, beside the recipe's."""
+
+    to: Path | None = None
+    """Folder of the cache. None: caches/<recipe>. One that was not finished is gone on with."""
+    draws: int = 1
+    """Times that each sample is kept: crops, first frames and flips of the first epochs, then over and over. One is all
+    where nothing of these is random."""
+    samples_per_shard: int = 256
+    """What is lost by a kill, at most, of each process."""
+    nproc: int = 1
+    """Processes on this machine (torchrun), which share the shards."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA where there is one."""
+
+    def check(self) -> None:
+        for name in ("draws", "samples_per_shard", "nproc"):
+            if getattr(self, name) < 1:
+                self.refuse(name, "must be at least 1")
+
+
 class Work(NamedTuple):
     """What the verb is handed.
 
@@ -99,6 +122,7 @@ FLAGS: dict[str, type[VerbFlags]] = {
     "list": ListFlags,
     "convert": ConvertFlags,
     "check": CheckFlags,
+    "cache": CacheFlags,
 }
 
 
@@ -106,7 +130,7 @@ def read(words: list[str]) -> tuple[str, str, Any]:
     """What is to be done, to what, and the flags. Raises UserError."""
     what, where, *rest = words
     if what not in FLAGS:
-        raise UserError(f"data {what}: unknown{did_you_mean(what, FLAGS)}; make, list, convert or check")
+        raise UserError(f"data {what}: unknown{did_you_mean(what, FLAGS)}; make, list, convert, check or cache")
     if what in ("make", "list") and where != "laion":
         raise UserError(f"data {what} {where}: only laion can be made and listed{did_you_mean(where, ['laion'])}")
     folder = rest.pop(0) if what == "list" and rest and not rest[0].startswith("-") else where
@@ -119,6 +143,9 @@ def data(words: list[str], work: Work) -> int:
     if words[0] == "check":
         recipe, flags = parse(words[2:], work.get(words[1]), CheckFlags())
         return _check(recipe, flags, work)
+    if words[0] == "cache":
+        recipe, cached = parse(words[2:], work.get(words[1]), CacheFlags())
+        return _cache(recipe, cached, words)
     what, where, flags = read(words)
     do: dict[str, Callable[[Path, Any, Work], int]] = {"make": _make, "list": _list, "convert": _convert}
     return do[what](Path(where).expanduser(), flags, work)
@@ -175,6 +202,27 @@ def _check(recipe: Recipe, flags: CheckFlags, work: Work) -> int:
             print(f"  captions: {found.captions['empty']:,} empty, {found.captions['sided']:,} speak of sides")
         worst = max(worst, int(found.share() > limit))
     return worst
+
+
+def _cache(recipe: Recipe, flags: CacheFlags, words: list[str]) -> int:
+    """Cache what is frozen, on this process or several."""
+    from core.caches.facts import refuse_what_has_no_latents
+    from core.preflight import preflight
+
+    if flags.nproc > 1 and "WORLD_SIZE" not in os.environ:
+        refuse_what_has_no_latents(recipe)
+        preflight(recipe)  # said once, not by each process
+        from core.verbs.run import torchrun
+
+        return torchrun(flags.nproc, ["data", *words])
+    from core.caches.write import make
+
+    to = flags.to or Path("caches") / recipe.name
+    say = functools.partial(print, flush=True)
+    whole = make(recipe, to, draws=flags.draws, samples_per_shard=flags.samples_per_shard, device=flags.device, say=say)
+    if whole:
+        print(f"{to} is whole: python -m registry run {recipe.name} --cache {to} trains from it")
+    return 0
 
 
 def _told(folder: Path, written: Iterable[tuple[str, int]]) -> int:

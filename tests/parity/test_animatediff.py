@@ -120,7 +120,7 @@ def test_a_training_step_has_the_reference_s_latents_loss_and_gradients(case, fo
     with torch.no_grad():
         states = system.text.model(input_ids=case.inputs["input_ids"]).last_hidden_state
         _close(states, case.outputs["text_embeds"], 1e-5)
-        latents = system.latents(_batch(case)["pixel_values"], Recorded(case))
+        latents = system.latents(_batch(case), Recorded(case))
         _close(latents, case.outputs["latents"], 1e-5)
         noisy = system.schedule.add_noise(latents, case.inputs["noise"], case.inputs["timestep"])
         _close(noisy, case.outputs["noisy_latents"], 1e-5)
