@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 import warnings
 from collections.abc import Sequence
@@ -11,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as recompute
 
 from core.attention import choose_attention
+from core.blocks import prepare_blocks
 from core.deferred import recording
 from core.distributed import Ranks, spread
 from core.ema import EMA
@@ -50,6 +49,7 @@ class Built:
 def build(recipe: Recipe, launch: Launch, here: Ranks) -> Built:
     """Build a recipe on this rank's device. Raises UserError for anything that cannot work, before MLflow is opened."""
     check_batch(recipe, here.data_world)
+    recipe.optim.ready(here.world)
     dataset, held_out = recipe.data.build(), recipe.validation_data.build()
     _same_data(dataset, held_out, here)
     begin = _start(recipe, launch, here)
@@ -83,7 +83,7 @@ def _assemble(recipe: Recipe, launch: Launch, here: Ranks, begin: Start) -> Syst
     fresh.fill(system.frozen, recipe.loop.seed, here.device, skip=dict(system.frozen.named_parameters()))
     load_frozen(recipe, system)
     system.mode(training=True)
-    prepare_blocks(system, recipe.loop.activation_checkpointing, recipe.loop.compile)
+    prepare_blocks(system, recipe.loop)
     spread(system, recipe.parallel, here)
     home = torch.device("cpu") if here.mesh is not None and recipe.parallel.offload else here.device
     brought = start_names(recipe, system.trained)
@@ -196,15 +196,6 @@ def load_frozen(recipe: Recipe, system: System) -> None:
                     f"{path}.scale_factor: the weights carry no latent constants; `measure-latents` prints them"
                 )
             module.register_to_config(**module.constants_config(*constants))  # type: ignore[operator]
-
-
-def prepare_blocks(system: System, checkpointing: bool, compiled: bool) -> None:
-    """Activation checkpointing, then compilation, block by block. Parameter names do not change."""
-    for block in system.blocks() if checkpointing or compiled else []:
-        if checkpointing:
-            block.forward = functools.partial(recompute, block.forward, use_reentrant=False)  # type: ignore[method-assign]
-        if compiled:
-            block.compile()
 
 
 def parameter_groups(trained: nn.ModuleDict, optim: Optim) -> list[dict[str, Any]]:
