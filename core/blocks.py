@@ -61,9 +61,14 @@ def checkpoint_blocks(system: System, loop: Loop, contexts: Contexts | None = No
 
 
 def compile_blocks(blocks: Sequence[nn.Module], backend: str | Callable[..., Any] = "inductor") -> None:
-    """Compile each block by itself, to at most `VARIANTS` graphs: its shapes are its own, not those of the others."""
+    """Compile each block by itself, to at most `VARIANTS` graphs: its shapes are its own, not those of the others.
+
+    Its forward alone: the hooks of `fully_shard` around it would break the graph before checkpointing begins.
+    """
     from torch._dynamo import config
 
     config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, VARIANTS * len(blocks))
     for block in blocks:
-        block.compile(backend=backend, recompile_limit=VARIANTS, isolate_recompiles=True)
+        block.forward = torch.compile(  # type: ignore[method-assign]
+            block.forward, backend=backend, recompile_limit=VARIANTS, isolate_recompiles=True
+        )

@@ -49,7 +49,7 @@ def test_sharded_checkpointed_and_compiled_blocks_have_the_gradients_of_plain_on
     assert [process.exitcode for process in processes] == [0, 0]
     for rank in range(2):
         expected, got, graphs = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert graphs >= 1
+        assert graphs >= 3  # a block at least one: nothing fell back to what is not compiled
         assert got.keys() == expected.keys()
         for name in got:
             torch.testing.assert_close(got[name], expected[name], rtol=1e-5, atol=1e-6)
