@@ -1,4 +1,6 @@
-"""`python -m benchmarks [start data captions parts engine caches tracking saving]`: ratios to a limit of the run."""
+"""`python -m benchmarks [start data captions parts engine optimizers scaling caches tracking saving]`: ratios, each to
+a limit of its run.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 def parts() -> dict[str, Callable[[], Iterable[Row]]]:
     """The parts of the table by name; each imports what it needs."""
-    from benchmarks import caches, captions, data, engine, parts, saving, start, tracking
+    from benchmarks import caches, captions, data, engine, optimizers, parts, saving, scaling, start, tracking
 
     return {
         "start": start.rows,
@@ -21,6 +23,8 @@ def parts() -> dict[str, Callable[[], Iterable[Row]]]:
         "captions": captions.rows,
         "parts": parts.rows,
         "engine": engine.rows,
+        "optimizers": optimizers.rows,
+        "scaling": scaling.rows,
         "caches": caches.rows,
         "tracking": tracking.rows,
         "saving": saving.rows,

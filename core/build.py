@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -13,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as recompute
 
 from core.attention import choose_attention
+from core.blocks import prepare_blocks
 from core.caches.opened import Opened, open_cache
 from core.deferred import recording
 from core.distributed import Ranks, spread
@@ -55,6 +54,7 @@ class Built:
 def build(recipe: Recipe, launch: Launch, here: Ranks) -> Built:
     """Build a recipe on this rank's device. Raises UserError for anything that cannot work, before MLflow is opened."""
     check_batch(recipe, here.data_world)
+    recipe.optim.ready(here.world)
     dataset, held_out = recipe.data.build(), recipe.validation_data.build()
     _same_data(dataset, held_out, here)
     cache = open_cache(launch.cache, recipe, dataset, held_out) if launch.cache else None
@@ -95,7 +95,7 @@ def _assemble(recipe: Recipe, launch: Launch, here: Ranks, begin: Start, cache: 
     else:
         cache.give_constants(system)
     system.mode(training=True)
-    prepare_blocks(system, recipe.loop.activation_checkpointing, recipe.loop.compile)
+    prepare_blocks(system, recipe.loop)
     spread(system, recipe.parallel, here)
     home = torch.device("cpu") if here.mesh is not None and recipe.parallel.offload else here.device
     brought = start_names(recipe, system.trained)
@@ -239,15 +239,6 @@ def load_frozen(recipe: Recipe, system: System) -> None:
                     f"{path}.scale_factor: the weights carry no latent constants; `measure-latents` prints them"
                 )
             module.register_to_config(**module.constants_config(*constants))  # type: ignore[operator]
-
-
-def prepare_blocks(system: System, checkpointing: bool, compiled: bool) -> None:
-    """Activation checkpointing, then compilation, block by block. Parameter names do not change."""
-    for block in system.blocks() if checkpointing or compiled else []:
-        if checkpointing:
-            block.forward = functools.partial(recompute, block.forward, use_reentrant=False)  # type: ignore[method-assign]
-        if compiled:
-            block.compile()
 
 
 def parameter_groups(trained: nn.ModuleDict, optim: Optim) -> list[dict[str, Any]]:

@@ -105,18 +105,20 @@ def tensors(modules: nn.ModuleDict, optimizer: torch.optim.Optimizer | None, ema
 
 
 def _moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
-    """Tensors that the optimizer keeps for a parameter (its step counters are numbers, see `optimizer_steps`)."""
+    """Tensors that the optimizer keeps for a parameter: not its step counters, which are numbers (`optimizer_steps`),
+    nor the code books of 8-bit moments, which are the same for all and made anew.
+    """
     return {
         k: v
         for k, v in optimizer.state.get(parameter, {}).items()
-        if isinstance(v, Tensor) and v.dim() == parameter.dim()
+        if isinstance(v, Tensor) and v.dim() and not k.startswith("qmap")
     }
 
 
 def optimizer_steps(modules: nn.ModuleDict, optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """The optimizer's own update count of each parameter."""
-    named = ((name, optimizer.state.get(p, {}).get("step")) for name, p in modules.named_parameters())
-    return {name: float(step) for name, step in named if step is not None}
+    """The optimizer's own update count of each parameter that it keeps something for; 0 where it does not count."""
+    named = ((name, optimizer.state.get(p)) for name, p in modules.named_parameters())
+    return {name: float(state.get("step", 0)) for name, state in named if state}
 
 
 def materialise(modules: nn.ModuleDict, optimizer: torch.optim.Optimizer, steps: dict[str, float]) -> None:
@@ -134,8 +136,11 @@ def materialise(modules: nn.ModuleDict, optimizer: torch.optim.Optimizer, steps:
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     for name, p in modules.named_parameters():
-        if name in steps:
-            optimizer.state[p]["step"].fill_(steps[name])
+        count = optimizer.state[p].get("step") if name in steps else None
+        if isinstance(count, Tensor):
+            count.fill_(steps[name])
+        elif count is not None:
+            optimizer.state[p]["step"] = int(steps[name])
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from core.blocks import OPERATORS, checkpoint_blocks, checkpointed
 from core.build import parameter_groups
 from core.draw import Draw
+from core.flops import Attention, count, shapes_for
 from core.models.partly import learnt, unlearnt
 from core.precision import autocast
 from core.slots import Recipe
@@ -85,13 +89,37 @@ def _optimizer_bytes(recipe: Recipe, system: System) -> int:
 
 
 def activation_bytes(recipe: Recipe, system: System) -> int:
-    """What autograd keeps for the backward pass of one micro-batch: every saved storage counted once, parameters left
-    out.
-    """
-    from core.build import prepare_blocks
+    """What is kept for the backward pass of one micro-batch: every saved storage counted once, parameters left out."""
+    counter = _Counter(system)
+    with _Kept(recipe, system, counter) as kept, kept.attention:
+        checkpoint_blocks(system, recipe.loop)
+        return _saved(recipe, system, counter)
 
-    prepare_blocks(system, recipe.loop.activation_checkpointing, compiled=False)
-    return _saved(recipe, system)
+
+class _Kept(TorchDispatchMode):
+    """Counts what checkpointed blocks keep of `loop.recompute_keep`: autograd does not hold it."""
+
+    def __init__(self, recipe: Recipe, system: System, counter: _Counter) -> None:
+        super().__init__()
+        self._names, self._count, self._within = recipe.loop.recompute_keep, counter, False
+        self._kept = [operator for name in self._names for operator in OPERATORS[name]]
+        self.attention = Attention(self._attended)
+        for block in checkpointed(system, recipe.loop) if self._names else ():
+            block.register_forward_pre_hook(lambda *_: self._enter(True))
+            block.register_forward_hook(lambda *_: self._enter(False))
+
+    def _enter(self, within: bool) -> None:
+        self._within = within
+
+    def _attended(self, out: Tensor) -> None:
+        if self._within and "attention" in self._names:
+            self._count(out)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if self._within and not self.attention.inside and func in self._kept:
+            self._count(out)
+        return out
 
 
 def largest_block(recipe: Recipe, system: System) -> int:
@@ -106,7 +134,9 @@ def largest_block(recipe: Recipe, system: System) -> int:
 
     counter = _Counter(system)
     handles = [
-        h for b in system.blocks() for h in (b.register_forward_pre_hook(before), b.register_forward_hook(after))
+        h
+        for b in checkpointed(system, recipe.loop)
+        for h in (b.register_forward_pre_hook(before), b.register_forward_hook(after))
     ]
     _saved(recipe, system, counter)
     for handle in handles:
@@ -131,16 +161,19 @@ class _Counter:
         return tensor
 
 
-def _saved(recipe: Recipe, system: System, counter: _Counter | None = None) -> int:
-    counter, micro = counter or _Counter(system), recipe.loop.micro_batch
+def _saved(recipe: Recipe, system: System, counter: _Counter) -> int:
+    micro = recipe.loop.micro_batch
     places = list(range(micro))
     video = torch.empty(micro, 3, *recipe.data.clip_shape(), device="meta")
     batch = {"pixel_values": video, "caption": [""] * micro, "id": [""] * micro, "place": places}
     draw = Draw.training(0, 0, places, recipe.loop.global_batch, "meta")
     with (
+        warnings.catch_warnings(),
         torch.autograd.graph.saved_tensors_hooks(counter, lambda t: t),
         autocast(recipe.loop.precision, torch.device("meta")),
     ):
+        # what operators keep under checkpointing is not for these hooks: it is counted beside them
+        warnings.filterwarnings("ignore", message="A saved_tensors_hooks context")
         system.loss(batch, draw)
     return counter.total
 
@@ -168,4 +201,6 @@ def render(recipe: Recipe, planned: Plan) -> str:
     lines += ["", f"{'memory of one rank':<34}{'GiB':>16}"]
     lines += [f"{name:<34}{size / GIB:>16.3f}" for name, size in planned.memory.items()]
     lines += [f"{'sum':<34}{sum(planned.memory.values()) / GIB:>16.3f}"]
+    if recipe.loop.mfu:
+        lines += ["", f"one micro-batch: {count(recipe, shapes_for(recipe))}"]
     return "\n".join(lines)

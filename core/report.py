@@ -18,6 +18,7 @@ from torch import Tensor
 from core import manifest
 from core.build import Built, frozen_at_hand
 from core.distributed import Ranks, full, is_spread
+from core.flops import Utilisation
 from core.journal import said
 from core.media import enlarged, four_frames, overview, tiled, to_uint8, write_gif, write_mp4
 from core.mlflow_page import CELLS
@@ -42,6 +43,7 @@ class Report:
         self.folder, self.notes = built.start.folder, built.start.notes
         self.bar = Progress(None, 0, 0)
         self.now = 0
+        self.speed = Utilisation(recipe, here.device, lambda line: self.bar.line(line))
         self._stop = stop
         self._skipped: Counter[str] = Counter()
         self._total = 0

@@ -110,12 +110,15 @@ def _updates(
                 stop.obeyed(report.folder)
             state.step += 1
             _, state.position = plan.update(state.position)
-            state.window.end_update(time.perf_counter() - began)
+            took = time.perf_counter() - began
+            state.window.end_update(took)
+            report.speed.end_update(took)
             profile.step()
 
             due = state.step % loop.log_every == 0
             if due or state.step == total:
-                report.metrics(state.window.values(lr, loop.global_batch, state.nonfinite, here.device), state.step)
+                values = state.window.values(lr, loop.global_batch, state.nonfinite, here.device)
+                report.metrics(values | report.speed.values() if here.first else values, state.step)
             if due:
                 state.window = Window()
             report.step(state.step, saver.failure())
@@ -155,6 +158,7 @@ def _accumulate(recipe: Recipe, built: Built, here: Ranks, state: State, stream:
         batch = next(stream)
         state.window.data_s += time.perf_counter() - waited
         report.skipped(state.skipped.count(batch))
+        report.speed.add(batch)
         # dropout and whatever else draws from the global generator
         torch.manual_seed(hash_of(loop.seed, state.step, micro, here.rank) & 0xFFFFFFFF)
         draw = Draw.training(loop.seed, state.step, batch["place"], loop.global_batch, here.device)

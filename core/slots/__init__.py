@@ -11,7 +11,7 @@ from core.slots.loop import Loop
 from core.slots.metric import ColourAndMotion, Metric
 from core.slots.motion import LoRA, MotionModules, MotionUNet, StableDiffusionUNet
 from core.slots.objective import Objective
-from core.slots.optim import EMA, AdamW, Optim, ParamGroup, Schedule
+from core.slots.optim import EMA, AdamW, AdamW8bit, Lion, Optim, ParamGroup, Schedule
 from core.slots.parallel import Parallel
 from core.slots.recipe import RECIPES, Recipe, register
 from core.slots.sampler import (
@@ -41,6 +41,7 @@ __all__ = [
     "PNDM",
     "RECIPES",
     "AdamW",
+    "AdamW8bit",
     "Autoencoder",
     "Autoencoding",
     "CLIPText",
@@ -63,6 +64,7 @@ __all__ = [
     "LVDMShortUNet",
     "LVDMTextUNet",
     "Launch",
+    "Lion",
     "LoRA",
     "Loop",
     "Metric",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Literal
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from core.errors import UserError
 from core.slots.slot import Slot
 
 if TYPE_CHECKING:
@@ -107,13 +109,60 @@ class Optim(Slot):
         if self.max_grad_norm is not None and self.max_grad_norm <= 0:
             self.refuse("max_grad_norm", "must be positive, or None for no clipping")
 
+    def ready(self, ranks: int) -> None:
+        """Raise UserError where a library is missing, or the algorithm cannot be spread over so many ranks."""
+
     def build(self, groups: list[dict[str, object]], fused: bool) -> Optimizer:
-        """The optimizer over parameter groups that already carry `lr` and `weight_decay`."""
+        """The optimizer over parameter groups that already carry `lr` and `weight_decay`. `fused` says whether torch's
+        fused kernels work here.
+        """
         raise NotImplementedError
 
 
 class AdamW(Optim):
     """AdamW (arXiv 1711.05101)."""
+
+    since: ClassVar[dict[str, Any]] = {"kernels": "auto"}
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of the two moments."""
+    eps: float = 1e-8
+    """Added to the denominator."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay, on all parameters unless a group says otherwise."""
+    kernels: Literal["auto", "fused", "foreach", "loop"] = "auto"
+    """One kernel for all tensors, a few for all, or a few for each. auto: fused where that works, else torch's choice.
+    """
+
+    def check(self) -> None:
+        super().check()
+        _check_decay(self)
+
+    def build(self, groups: list[dict[str, object]], fused: bool) -> Optimizer:
+        from torch.optim import AdamW as TorchAdamW
+
+        if self.kernels == "fused" and not fused:
+            raise UserError("optim.kernels: torch's fused kernels know no sharded weights on the CPU; take foreach")
+        chosen = {"auto": (fused, None), "fused": (True, None), "foreach": (False, True), "loop": (False, False)}
+        fused, foreach = chosen[self.kernels]
+        return TorchAdamW(
+            groups,
+            lr=self.lr,
+            betas=self.betas,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            fused=fused,
+            foreach=foreach,
+        )
+
+
+class AdamW8bit(Optim):
+    """AdamW whose moments take 8 bits a number, in blocks of 256 with a scale each (arXiv 2110.02861): a quarter of the
+    memory of AdamW's state. From bitsandbytes, the extra `optimizers`.
+
+    Parameters of fewer than 4,096 numbers keep moments of 32 bits. For one process: its kernels know no weights that
+    are spread over ranks.
+    """
 
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of the two moments."""
@@ -124,14 +173,59 @@ class AdamW(Optim):
 
     def check(self) -> None:
         super().check()
-        if not all(0.0 <= b < 1.0 for b in self.betas):
-            self.refuse("betas", "must be in [0, 1)")
-        if self.weight_decay < 0:
-            self.refuse("weight_decay", "must not be negative")
+        _check_decay(self)
+
+    def ready(self, ranks: int) -> None:
+        if ranks > 1:
+            raise UserError(
+                f"optim: bitsandbytes' 8-bit kernels know no weights that are spread over {ranks} ranks; take one "
+                "process, or --optim=AdamW with --parallel.shard, which splits its state too"
+            )
+        _need("bitsandbytes", self)
 
     def build(self, groups: list[dict[str, object]], fused: bool) -> Optimizer:
-        from torch.optim import AdamW as TorchAdamW
+        _need("bitsandbytes", self)
+        from bitsandbytes.optim import AdamW8bit as Library
 
-        return TorchAdamW(
-            groups, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay, fused=fused
+        return Library(groups, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay)
+
+
+class Lion(Optim):
+    """Lion (arXiv 2302.06675): the sign of a mean of gradients, with one moment. From lion-pytorch, the extra
+    `optimizers`.
+
+    The paper takes a learning rate 3 to 10 times smaller than AdamW's, and a weight decay as many times larger.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.99)
+    """Share of the moment in an update, and decay rate of the moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay, on all parameters unless a group says otherwise."""
+
+    def check(self) -> None:
+        super().check()
+        _check_decay(self)
+
+    def ready(self, ranks: int) -> None:
+        _need("lion_pytorch", self)
+
+    def build(self, groups: list[dict[str, object]], fused: bool) -> Optimizer:
+        _need("lion_pytorch", self)
+        from lion_pytorch import Lion as Library
+
+        return Library(groups, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
+
+
+def _check_decay(slot: AdamW | AdamW8bit | Lion) -> None:
+    if not all(0.0 <= b < 1.0 for b in slot.betas):
+        slot.refuse("betas", "must be in [0, 1)")
+    if slot.weight_decay < 0:
+        slot.refuse("weight_decay", "must not be negative")
+
+
+def _need(module: str, slot: Optim) -> None:
+    if find_spec(module) is None:
+        raise UserError(
+            f"optim: {type(slot).__name__} needs {module.replace('_', '-')}, which is not installed: "
+            "pip install 'video-experiment-registry[optimizers]', or take --optim=AdamW"
         )

@@ -18,7 +18,8 @@ REPO = Path(__file__).parents[2]
 SHORT = (
     "--max-steps 6 --global-batch 4 --batch-size 2 --loop.log-every 1 --num-workers 0 "
     "--validation.every 0 --validation.sample-every 0 --validation.batch-size 2 --validation.num-batches 2 "
-    "--validation.num-samples 2 --validation.metric-clips 0 --validation.sampler.num-inference-steps 2 --checkpoint.every 0"
+    "--validation.num-samples 2 --validation.metric-clips 0 --validation.sampler.num-inference-steps 2 --checkpoint.every 0 "
+    "--loop.mfu False"
 )
 BESIDE = {CaptionedVideos: "clouds", Base64Parts: "pictures"}
 """Folders beside the fixture `sky`, by what reads them."""

@@ -9,11 +9,11 @@ from diffusers import UNetMotionModel
 from safetensors import safe_open
 from torch.testing import assert_close
 
-from core.build import prepare_blocks
+from core.blocks import prepare_blocks
 from core.errors import UserError
 from core.models.motion_unet import SampleDropout, Samples
 from core.models.partly import exported, kept, learnt
-from core.slots import LoRA, MotionUNet
+from core.slots import Loop, LoRA, MotionUNet
 from core.weights.start import load_learnt
 from tests.models.test_motion_unet import TINY, _gradients, _inputs, _meta, _random, _System
 
@@ -110,7 +110,7 @@ def test_dropout_is_the_same_in_a_micro_batch_of_one_and_under_checkpointing():
         assert_close(unet(x[1:], t[1:], text[1:]), together[1:], rtol=0, atol=1e-5)
         assert (unet.eval()(x, t, text) - together).abs().max() > 1e-3
     less = _with_dropout([5, 6])
-    prepare_blocks(_System(less), checkpointing=True, compiled=False)
+    prepare_blocks(_System(less), Loop(max_steps=1, activation_checkpointing=True))
     same, found = _gradients(less)
     assert same == loss and all(torch.equal(found[name], expected[name]) for name in expected)
 

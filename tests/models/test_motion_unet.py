@@ -7,7 +7,8 @@ from torch.testing import assert_close
 
 import core.attention
 import core.sampling
-from core.build import parameter_groups, prepare_blocks
+from core.blocks import prepare_blocks
+from core.build import parameter_groups
 from core.checkpoint import tensors
 from core.deferred import recording
 from core.ema import EMA
@@ -16,7 +17,7 @@ from core.fresh import Fresh
 from core.models.partly import learnt, unlearnt
 from core.plan import plan
 from core.slots import EMA as EMASlot
-from core.slots import MotionModules, MotionUNet, StableDiffusionUNet, StockDDIM
+from core.slots import Loop, MotionModules, MotionUNet, StableDiffusionUNet, StockDDIM
 from registry import get
 
 SIZES = {"block_out_channels": (16, 32), "layers_per_block": 1, "num_heads": 4, "context_dim": 16, "norm_num_groups": 4}
@@ -155,7 +156,7 @@ class _System:
 
 def test_checkpointing_covers_every_motion_module_and_gradients_are_bit_equal():
     plain, less = _random(TINY), _random(TINY)
-    prepare_blocks(_System(less), checkpointing=True, compiled=False)
+    prepare_blocks(_System(less), Loop(max_steps=1, activation_checkpointing=True))
     calls = {name: 0 for name, m in less.named_modules() if type(m).__name__ == "AnimateDiffTransformer3D"}
     for name in calls:
         less.get_submodule(name).proj_in.register_forward_pre_hook(
