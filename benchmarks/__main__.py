@@ -1,4 +1,4 @@
-"""`python -m benchmarks [start data captions parts engine tracking saving]`: ratios, each to a limit of its run."""
+"""`python -m benchmarks [start data captions parts plans engine tracking saving]`: ratios to limits of its run."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 def parts() -> dict[str, Callable[[], Iterable[Row]]]:
     """The parts of the table by name; each imports what it needs."""
-    from benchmarks import captions, data, engine, parts, saving, start, tracking
+    from benchmarks import captions, data, engine, parts, plans, saving, start, tracking
 
     return {
         "start": start.rows,
         "data": data.rows,
         "captions": captions.rows,
         "parts": parts.rows,
+        "plans": plans.rows,
         "engine": engine.rows,
         "tracking": tracking.rows,
         "saving": saving.rows,

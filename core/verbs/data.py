@@ -1,5 +1,5 @@
-"""The verb `data`: parts of captioned pictures made, listed and converted; a recipe's data read and counted. What does
-the work is handed in.
+"""The verb `data`: parts of captioned pictures made, listed and converted; a recipe's data read and counted, or planned
+into buckets. What does the work is handed in.
 """
 
 from __future__ import annotations
@@ -79,6 +79,10 @@ class CheckFlags(VerbFlags):
             self.refuse("samples", "must be at least 1, or None for every one")
 
 
+class PlanFlags(VerbFlags):
+    """Flags of `data plan`, beside the recipe's."""
+
+
 class Work(NamedTuple):
     """What the verb is handed.
 
@@ -99,6 +103,7 @@ FLAGS: dict[str, type[VerbFlags]] = {
     "list": ListFlags,
     "convert": ConvertFlags,
     "check": CheckFlags,
+    "plan": PlanFlags,
 }
 
 
@@ -106,7 +111,7 @@ def read(words: list[str]) -> tuple[str, str, Any]:
     """What is to be done, to what, and the flags. Raises UserError."""
     what, where, *rest = words
     if what not in FLAGS:
-        raise UserError(f"data {what}: unknown{did_you_mean(what, FLAGS)}; make, list, convert or check")
+        raise UserError(f"data {what}: unknown{did_you_mean(what, FLAGS)}; {', '.join(FLAGS)}")
     if what in ("make", "list") and where != "laion":
         raise UserError(f"data {what} {where}: only laion can be made and listed{did_you_mean(where, ['laion'])}")
     folder = rest.pop(0) if what == "list" and rest and not rest[0].startswith("-") else where
@@ -119,6 +124,9 @@ def data(words: list[str], work: Work) -> int:
     if words[0] == "check":
         recipe, flags = parse(words[2:], work.get(words[1]), CheckFlags())
         return _check(recipe, flags, work)
+    if words[0] == "plan":
+        (recipe,) = parse(words[2:], work.get(words[1]))
+        return _plan(recipe)
     what, where, flags = read(words)
     do: dict[str, Callable[[Path, Any, Work], int]] = {"make": _make, "list": _list, "convert": _convert}
     return do[what](Path(where).expanduser(), flags, work)
@@ -175,6 +183,19 @@ def _check(recipe: Recipe, flags: CheckFlags, work: Work) -> int:
             print(f"  captions: {found.captions['empty']:,} empty, {found.captions['sided']:,} speak of sides")
         worst = max(worst, int(found.share() > limit))
     return worst
+
+
+def _plan(recipe: Recipe) -> int:
+    """The table of buckets and dropped records, and the updates that an epoch has."""
+    dataset = recipe.data.build()
+    if not hasattr(dataset, "planned"):
+        raise UserError(f"data plan: {recipe.name}: {type(recipe.data).__name__} has no buckets; data check reads it")
+    for line in dataset.planned.lines():
+        print(line)
+    updates = dataset.updates(recipe.loop.seed, recipe.loop.global_batch)
+    print(f"an epoch: {updates.updates_in(0):,} updates")
+    print(f"index: {dataset.planned.folder}")
+    return 0
 
 
 def _told(folder: Path, written: Iterable[tuple[str, int]]) -> int:

@@ -98,13 +98,13 @@ VERBS = {
     "data": Verb(
         "make laion --out DIR [--records N] [--parts N] [--pictures FOLDER]\n"
         "       | list laion FOLDER [--to DIR] | convert LIST --to DIR [--records N]\n"
-        "       | check NAME [overrides] [--samples N]",
-        "make, list, convert or check, and what",
+        "       | check NAME [overrides] [--samples N] | plan NAME [overrides]",
+        "make, list, convert, check or plan, and what",
         "Make, list and convert parts of captioned pictures (Base64Parts); read a recipe's data and count (check).\n"
         "make laion writes part-00000.gz, …, of synthetic pictures or of those in a folder; list laion writes lists\n"
         "of the parts below a folder; convert turns the parts of a list, a folder or a glob into tar shards\n"
         "(webdataset). check says what is left out and why, and what of N samples cannot be read; exit code 1 where\n"
-        "a run would stop.\n"
+        "a run would stop. plan prints the buckets of a recipe's data (BucketedVideos), and what was dropped and why.\n"
         "`data make --help`, `data list --help`, `data convert --help` and `data check --help` list the flags.",
         "python -m registry data make laion --out datasets/laion-try --records 200",
     ),

@@ -72,7 +72,9 @@ def aspects(name: str, rules: str) -> tuple[int, Aspects]:
         shapes_of = {key: (high * step, wide * step) for key, (high, wide) in ((k, _sides(v)) for k, v in pairs)}
         return int(name) ** 2, shapes_of
     known = [*NAMED, *SQUARE]
-    raise UserError(f"no resolution {name!r} in the rules of 1.2{did_you_mean(name, known)}; there are {', '.join(known)}")
+    raise UserError(
+        f"no resolution {name!r} in the rules of 1.2{did_you_mean(name, known)}; there are {', '.join(known)}"
+    )
 
 
 def _sides(text: str) -> tuple[int, int]:

@@ -12,18 +12,18 @@ from urllib.parse import unquote_plus
 import numpy as np
 
 if TYPE_CHECKING:
-    from data.slots import Captioning
+    from data.bucketed_slots import Captioning
 
-WORDS = {
-    "high": ("beautiful", "stunning", "striking", "masterly", "elegant", "captivating", "polished", "refined")
-    + ("artful", "harmonious"),
-    "low": ("plain", "dull", "clumsy", "careless", "drab", "flat", "unpleasing", "crude", "cluttered", "uninspired"),
-}
+HIGH = "beautiful stunning striking masterly elegant captivating polished refined artful harmonious"
+LOW = "plain dull clumsy careless drab flat unpleasing crude cluttered uninspired"
+WORDS = {"high": HIGH.split(), "low": LOW.split()}
 """Ten sentences a class and kind, as in the original; the words are this project's."""
 
 MEDIA = "png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4"
 DASHES = "-֊־᐀᠆‐-―⸗⸚⸺⸻⹀〜〰゠︱︲﹘﹣－"
-OTHER_SCRIPTS = "㇀-㇯ㇰ-ㇿ㈀-㋿㌀-㏿㐀-䶿䷀-䷿"  # strokes, kana extensions, enclosed and square signs, extension A, hexagrams
+OTHER_SCRIPTS = (
+    "㇀-㇯ㇰ-ㇿ㈀-㋿㌀-㏿㐀-䶿䷀-䷿"  # strokes, kana extensions, enclosed and square signs, extension A, hexagrams
+)
 ODD = r"#®•©™&@·º½¾¿¡§~()\[\]{}|\\/*"
 
 BEFORE = (

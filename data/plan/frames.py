@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from data.plan.rules import SMALL, intervals, legal, resampled
 
 if TYPE_CHECKING:
-    from data.slots import BucketedVideos
+    from data.bucketed_slots import BucketedVideos
 
 
 class Clip(NamedTuple):
@@ -18,6 +19,12 @@ class Clip(NamedTuple):
     start: int
     length: int
     fps: float | None
+
+    def within(self, frames: int) -> Clip:
+        """What of it a file of so many frames has. Raises NoClip."""
+        if self.start >= frames:
+            raise NoClip(f"has {frames} frames, and its cut starts at frame {self.start}")
+        return self._replace(length=min(self.length, frames - self.start))
 
 
 class NoClip(ValueError):
@@ -83,3 +90,15 @@ def cut_to_length(window: np.ndarray, planned: int, rules: BucketedVideos) -> np
     if length != planned:
         raise NoClip(f"is read with {length} frames, and {planned} were planned")
     return window[:length]
+
+
+def spaced(clip: Clip, planned: int, rules: BucketedVideos, rng: np.random.Generator) -> np.ndarray:
+    """(planned,) frames of the file for a declared bucket, at whole intervals; the window's start is drawn."""
+    slot = rules.buckets
+    interval = slot.frame_interval
+    if slot.declared_rules == "2.0":
+        interval = math.ceil(clip.fps / slot.fps_max) if clip.fps is not None and clip.fps > slot.fps_max else 1
+    room = clip.length - (planned - 1) * interval
+    if room < 1:
+        raise NoClip(f"has {clip.length} frames, too few for {planned} at an interval of {interval}")
+    return clip.start + int(rng.integers(0, room)) + np.arange(planned) * interval

@@ -1,11 +1,13 @@
-"""Which records are trained on, and in which shape: the rules of the planner, over columns (Open-Sora sheet §4.3, §4.4).
+"""Which records are trained on, and in which shape: the rules of the planner, over columns (Open-Sora sheet §4.3-4).
 
 `compat="osp-1.3"` is the original's arithmetic, test by test; without it the sheet's fixes hold.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +18,7 @@ from core.hashing import hash_of, mix64_array
 from data.plan.kinds import IMAGES, VIDEOS
 
 if TYPE_CHECKING:
-    from data.slots import BucketedVideos
+    from data.bucketed_slots import BucketedVideos
 
 SEED = 42  # of the original's draws for short clips
 FPS = 24.0  # of a record without one, as the original plans it
@@ -32,8 +34,8 @@ REASONS: dict[str, tuple[str, str]] = {
     "path_leaves_root": ("a path that leaves the root", "the annotations"),
     "unknown_kind": ("neither an image nor a video by its ending", "the annotations"),
     "no_cap": ("no caption", "the annotations"),
-    "no_resolution": ("no resolution", "data.probe (True asks the files)"),
     "bad_crop": ("a crop that is not x0, x1, y0, y1 within the picture", "the annotations"),
+    "no_resolution": ("no resolution", "data.probe (True asks the files)"),
     "bad_cut": ("a cut that is not start, end with 0 <= start < end", "the annotations"),
     "no_num_frames": ("a video without num_frames", "data.probe (True asks the files)"),
     "aesthetic": ("an aesthetic score out of bounds", "data.min_aesthetic"),
@@ -50,6 +52,9 @@ REASONS: dict[str, tuple[str, str]] = {
 }
 """Reason → what it means, and what to change. The order is that of the tests."""
 CODES = {name: code for code, name in enumerate(REASONS)}
+
+
+Drop = Callable[[str, np.ndarray], None]
 
 
 class Columns(NamedTuple):
@@ -89,13 +94,14 @@ def _ends(paths: pa.Array, endings: tuple[str, ...]) -> np.ndarray:
 
 
 class Shapes(NamedTuple):
-    """(n,) each: the code of a reason, and what a kept record is trained as; `count` is its frames after resampling."""
+    """(n,) each: the code of a reason, and what a kept record is trained as; `resampled` is its frames before they
+    are cut to a length."""
 
     reason: np.ndarray  # int8
     frames: np.ndarray  # int32
     height: np.ndarray  # int32
     width: np.ndarray  # int32
-    count: np.ndarray  # int64
+    resampled: np.ndarray  # int64
 
 
 class Planner:
@@ -107,24 +113,12 @@ class Planner:
 
     def shapes(self, batch: pa.RecordBatch, hashes: np.ndarray) -> Shapes:
         """The batch's shapes. Under `compat` raises UserError where the original fails."""
-        rules, columns = self.rules, Columns.of(batch, exact=self.compat)
-        reason = np.zeros(len(hashes), np.int8)
-
-        def drop(name: str, mask: np.ndarray) -> None:
-            reason[(reason == 0) & mask] = CODES[name]
-
-        if not self.compat:
-            drop("no_path", ~columns.has_path)
-            drop("path_leaves_root", columns.leaves_root)
-            drop("unknown_kind", ~(columns.is_image | columns.is_video))
-        drop("no_cap", ~columns.has_captions)
-        height, width = picture(columns.numbers, self.compat)
-        lacks = np.isnan(height) | np.isnan(width)
-        drop("no_resolution", lacks)
-        if not self.compat:
-            self._own(columns, drop)
+        columns = Columns.of(batch, exact=self.compat)
+        reason = self.own(columns)
+        drop = functools.partial(_drop, reason)
+        height, width = (np.where(np.isnan(side), 1, side) for side in picture(columns.numbers, self.compat))
         with np.errstate(invalid="ignore", divide="ignore"):
-            planned = self._spatial(np.where(lacks, 1, height), np.where(lacks, 1, width), drop, reason)
+            planned = self._spatial(height, width, drop, reason)
         if self.compat and (odd := (reason == 0) & ~(columns.is_image | columns.is_video)).any():
             raise UserError(
                 f"record {int(np.argmax(odd))} of a batch is neither .jpg nor .mp4, on which the original fails"
@@ -133,12 +127,27 @@ class Planner:
         high, wide = (np.where(reason == 0, side, 0).astype(np.int32) for side in planned)
         return Shapes(reason, np.where(reason == 0, frames, 0).astype(np.int32), high, wide, count)
 
-    def _own(self, columns: Columns, drop: Drop) -> None:
+    def own(self, columns: Columns) -> np.ndarray:
+        """(n,) int8: what fails before shapes are asked for."""
+        reason = np.zeros(len(columns.is_image), np.int8)
+        drop = functools.partial(_drop, reason)
+        if not self.compat:
+            drop("no_path", ~columns.has_path)
+            drop("path_leaves_root", columns.leaves_root)
+            drop("unknown_kind", ~(columns.is_image | columns.is_video))
+        drop("no_cap", ~columns.has_captions)
+        if not self.compat:
+            drop("bad_crop", ~np.isnan(columns.numbers["x0"]) & outside(columns.numbers))
+        height, width = picture(columns.numbers, self.compat)
+        drop("no_resolution", np.isnan(height) | np.isnan(width))
+        if not self.compat:
+            drop("no_resolution", (height <= 0) | (width <= 0))
+            self._refused(columns, drop)
+        return reason
+
+    def _refused(self, columns: Columns, drop: Drop) -> None:
         """What the original never looks at."""
         rules, has = self.rules, columns.numbers
-        outside = (has["x0"] < 0) | (has["y0"] < 0) | ~(has["x0"] < has["x1"]) | ~(has["y0"] < has["y1"])
-        outside |= ((has["x1"] > has["width"]) | (has["y1"] > has["height"])) & ~crop_is_whole(has)
-        drop("bad_crop", ~np.isnan(has["x0"]) & outside)
         drop("bad_cut", ~np.isnan(has["cut_start"]) & ~((has["cut_start"] >= 0) & (has["cut_end"] > has["cut_start"])))
         drop("no_num_frames", columns.is_video & ~(clip_length(has, False) > 0))
         for name, low, high in (
@@ -158,14 +167,12 @@ class Planner:
     ) -> tuple[np.ndarray, np.ndarray]:
         rules = self.rules
         if rules.force_resolution:
-            high, wide = rules.target()
+            target_height, target_width = rules.target()
             if self.compat and ((reason == 0) & (width == 0)).any():
                 raise UserError("a record has a width of 0, on which the original fails")
-            if not self.compat:
-                drop("no_resolution", (height <= 0) | (width <= 0))
-            wanted, shape = high / wide, height / width
+            wanted, shape = target_height / target_width, height / width
             drop("aspect_mismatch", ~((shape >= wanted / rules.max_aspect) & (shape <= wanted * rules.max_aspect)))
-            return np.full(len(height), high), np.full(len(height), wide)
+            return np.full(len(height), target_height), np.full(len(height), target_width)
         drop("no_resolution", (height <= 0) | (width <= 0))
         high, wide = resized(height, width, rules)
         high, wide = high // rules.hw_stride * rules.hw_stride, wide // rules.hw_stride * rules.hw_stride
@@ -211,10 +218,9 @@ class Planner:
         return numbers
 
 
-class Drop(Protocol):
-    """The type of `drop(name, mask)`: the first test that a record fails is its reason."""
-
-    def __call__(self, name: str, mask: np.ndarray) -> None: ...
+def _drop(reason: np.ndarray, name: str, mask: np.ndarray) -> None:
+    """The first test that a record fails is its reason."""
+    reason[(reason == 0) & mask] = CODES[name]
 
 
 def picture(has: dict[str, np.ndarray], compat: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -228,10 +234,14 @@ def picture(has: dict[str, np.ndarray], compat: bool) -> tuple[np.ndarray, np.nd
     )
 
 
-def crop_is_whole(has: dict[str, np.ndarray]) -> np.ndarray:
-    """Where `resolution` is that of the cropped picture already, as the original wants it written."""
-    same: np.ndarray = (has["x1"] - has["x0"] == has["width"]) & (has["y1"] - has["y0"] == has["height"])
-    return same
+def outside(has: dict[str, np.ndarray]) -> np.ndarray:
+    """Crops that are no part of the picture. `resolution` may be that of the cropped picture already, as the original
+    wants it written; then the file alone can say.
+    """
+    odd = (has["x0"] < 0) | (has["y0"] < 0) | ~(has["x0"] < has["x1"]) | ~(has["y0"] < has["y1"])
+    whole = (has["x1"] - has["x0"] == has["width"]) & (has["y1"] - has["y0"] == has["height"])
+    found: np.ndarray = odd | ((has["x1"] > has["width"]) | (has["y1"] > has["height"])) & ~whole
+    return found
 
 
 def clip_length(has: dict[str, np.ndarray], compat: bool) -> np.ndarray:

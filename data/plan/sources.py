@@ -53,9 +53,7 @@ def sources(file: Path) -> list[Source]:
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read: {error}") from None
-    found = [
-        _source(file, number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip(" \t\r\n")
-    ]
+    found = [_source(file, number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip(" \t\r\n")]
     if not found:
         raise UserError(f"{file} has no lines; expected ROOT,ANNOTATION on each.")
     return found
@@ -94,7 +92,7 @@ def batches(number: int, source: Source) -> Iterator[pa.RecordBatch]:
     for rows in read(source.annotation):
         if rows:
             found += len(rows)
-            yield _batch(number, rows)
+            yield batch_of(number, rows)
     if not found:
         raise UserError(f"{source.annotation} has no records.")
 
@@ -145,7 +143,7 @@ def _parquet(file: Path) -> Iterator[list[Any]]:
 # ---- fields ---------------------------------------------------------------------------------------------------------
 
 
-def _batch(number: int, rows: Sequence[Any]) -> pa.RecordBatch:
+def batch_of(number: int, rows: Sequence[Any]) -> pa.RecordBatch:
     """Columns of records; what is no record at all is an empty one."""
     records = [row if isinstance(row, dict) else {} for row in rows]
     sizes = [size if isinstance(size := record.get("resolution"), dict) else {} for record in records]
@@ -158,7 +156,7 @@ def _batch(number: int, rows: Sequence[Any]) -> pa.RecordBatch:
         "height": _column([size.get("height") for size in sizes], pa.int64(), _whole),
         "width": _column([size.get("width") for size in sizes], pa.int64(), _whole),
         "num_frames": _column([record.get("num_frames") for record in records], pa.int64(), _whole),
-        "fps": _column([record.get("fps") for record in records], pa.float64(), _real),
+        "fps": _column([_rate(record.get("fps")) for record in records], pa.float64(), _real),
         "aesthetic": _column([_aesthetic(record) for record in records], pa.float64(), _real),
     }
     for name in ("tech", "motion"):
@@ -209,6 +207,12 @@ def _real(value: Any) -> float | None:
         return float(value) if math.isfinite(value) else None
     except OverflowError:
         return None
+
+
+def _rate(value: Any) -> float | None:
+    """Frames a second; what cannot be one is missing."""
+    rate = _real(value)
+    return rate if rate is not None and rate > 0 else None
 
 
 def _numbers(value: Any, count: int) -> list[int] | None:
