@@ -1,5 +1,5 @@
-"""`python -m benchmarks [start data captions parts engine optimizers scaling caches tracking saving]`: ratios, each to
-a limit of its run.
+"""`python -m benchmarks [start data captions parts plans engine optimizers scaling caches tracking saving]`: ratios,
+each to a limit of its run.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 def parts() -> dict[str, Callable[[], Iterable[Row]]]:
     """The parts of the table by name; each imports what it needs."""
-    from benchmarks import caches, captions, data, engine, optimizers, parts, saving, scaling, start, tracking
+    from benchmarks import caches, captions, data, engine, optimizers, parts, plans, saving, scaling, start, tracking
 
     return {
         "start": start.rows,
         "data": data.rows,
         "captions": captions.rows,
         "parts": parts.rows,
+        "plans": plans.rows,
         "engine": engine.rows,
         "optimizers": optimizers.rows,
         "scaling": scaling.rows,

@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from core.slots import Data
+from data.bucketed_slots import BucketedVideos, Buckets, Captioning
+
+__all__ = ["Base64Parts", "BucketedVideos", "Buckets", "CaptionedVideos", "Captioning", "FrameFolders"]
 
 
 class FrameFolders(Data):

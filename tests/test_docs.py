@@ -177,7 +177,7 @@ def _parse(verb: str, what: str = "", *flags: str) -> None:
         case "weights":
             *_, given = read_weights([what, *flags])
             assert not getattr(given, "recipe", None) or get(given.recipe)
-        case "data" if what in ("check", "cache"):
+        case "data" if what in ("check", "plan", "cache"):
             parse(flags[1:], get(flags[0]), DATA[what]())
         case "data":
             read_data([what, *flags])
@@ -230,7 +230,7 @@ def _known_names() -> set[str]:
         *(kind() for kind in (*WEIGHTS.values(), *FLAGS.values())),
     ]
     parts += [get(name, "--validation.data=FrameFolders", "--optim.ema=EMA") for name in names()]
-    parts += [get("lvdm-short-sky-tiny", "--data=Base64Parts")]
+    parts += [get("lvdm-short-sky-tiny", "--data=Base64Parts"), get("ldm-laion400m-tiny", "--data=BucketedVideos")]
     return set(ALIASES).union(*(spots(part) for part in parts))
 
 

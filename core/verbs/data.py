@@ -1,5 +1,5 @@
-"""The verb `data`: parts of captioned pictures made, listed and converted; a recipe's data read and counted, or what is
-frozen computed of them once. What does the work on data is handed in.
+"""The verb `data`: parts of captioned pictures made, listed and converted; a recipe's data read and counted, planned
+into buckets, or what is frozen computed of them once. What does the work on data is handed in.
 """
 
 from __future__ import annotations
@@ -102,6 +102,10 @@ class CacheFlags(VerbFlags):
                 self.refuse(name, "must be at least 1")
 
 
+class PlanFlags(VerbFlags):
+    """Flags of `data plan`, beside the recipe's."""
+
+
 class Work(NamedTuple):
     """What the verb is handed.
 
@@ -123,6 +127,7 @@ FLAGS: dict[str, type[VerbFlags]] = {
     "convert": ConvertFlags,
     "check": CheckFlags,
     "cache": CacheFlags,
+    "plan": PlanFlags,
 }
 
 
@@ -130,7 +135,7 @@ def read(words: list[str]) -> tuple[str, str, Any]:
     """What is to be done, to what, and the flags. Raises UserError."""
     what, where, *rest = words
     if what not in FLAGS:
-        raise UserError(f"data {what}: unknown{did_you_mean(what, FLAGS)}; make, list, convert, check or cache")
+        raise UserError(f"data {what}: unknown{did_you_mean(what, FLAGS)}; {', '.join(FLAGS)}")
     if what in ("make", "list") and where != "laion":
         raise UserError(f"data {what} {where}: only laion can be made and listed{did_you_mean(where, ['laion'])}")
     folder = rest.pop(0) if what == "list" and rest and not rest[0].startswith("-") else where
@@ -146,6 +151,9 @@ def data(words: list[str], work: Work) -> int:
     if words[0] == "cache":
         recipe, cached = parse(words[2:], work.get(words[1]), CacheFlags())
         return _cache(recipe, cached, words)
+    if words[0] == "plan":
+        (recipe,) = parse(words[2:], work.get(words[1]))
+        return _plan(recipe)
     what, where, flags = read(words)
     do: dict[str, Callable[[Path, Any, Work], int]] = {"make": _make, "list": _list, "convert": _convert}
     return do[what](Path(where).expanduser(), flags, work)
@@ -222,6 +230,19 @@ def _cache(recipe: Recipe, flags: CacheFlags, words: list[str]) -> int:
     whole = make(recipe, to, draws=flags.draws, samples_per_shard=flags.samples_per_shard, device=flags.device, say=say)
     if whole:
         print(f"{to} is whole: python -m registry run {recipe.name} --cache {to} trains from it")
+    return 0
+
+
+def _plan(recipe: Recipe) -> int:
+    """The table of buckets and dropped records, and the updates that an epoch has."""
+    dataset = recipe.data.build()
+    if not hasattr(dataset, "planned"):
+        raise UserError(f"data plan: {recipe.name}: {type(recipe.data).__name__} has no buckets; data check reads it")
+    for line in dataset.planned.lines():
+        print(line)
+    updates = dataset.updates(recipe.loop.seed, recipe.loop.global_batch)
+    print(f"an epoch: {updates.updates_in(0):,} updates")
+    print(f"index: {dataset.planned.folder}")
     return 0
 
 

@@ -106,14 +106,15 @@ VERBS = {
     "data": Verb(
         "make laion --out DIR [--records N] [--parts N] [--pictures FOLDER]\n"
         "       | list laion FOLDER [--to DIR] | convert LIST --to DIR [--records N]\n"
-        "       | check NAME [overrides] [--samples N]\n"
+        "       | check NAME [overrides] [--samples N] | plan NAME [overrides]\n"
         "       | cache NAME [overrides] [--to DIR] [--draws N] [--nproc N]",
-        "make, list, convert, check or cache, and what",
+        "make, list, convert, check, plan or cache, and what",
         "Make, list and convert parts of captioned pictures (Base64Parts); read a recipe's data and count (check).\n"
         "make laion writes part-00000.gz, …, of synthetic pictures or of those in a folder; list laion writes lists\n"
         "of the parts below a folder; convert turns the parts of a list, a folder or a glob into tar shards\n"
         "(webdataset). check says what is left out and why, and what of N samples cannot be read; exit code 1 where\n"
-        "a run would stop. cache computes the latents of a recipe's clips and the states of its captions once, for\n"
+        "a run would stop. plan prints the buckets of a recipe's data (BucketedVideos), and what was dropped and why.\n"
+        "cache computes the latents of a recipe's clips and the states of its captions once, for\n"
         "`run NAME --cache DIR`; the same command goes on after a kill.\n"
         "`data make --help`, …, `data cache --help` list the flags. For example:\n"
         "  python -m registry data cache lvdm-text2video-tiny --to caches/clouds --nproc 2\n"
