@@ -66,6 +66,11 @@ def preflight(recipe: Recipe, launch: Launch = Launch(), here: bool = True) -> N
     if here and launch.push_to_hub != "none" and os.environ.get("RANK", "0") == "0":
         ready("--push-to-hub")
     _refuse_words_for_the_deaf(recipe)
+    if recipe.data.many_shapes or recipe.validation_data.many_shapes:
+        kind = type(recipe.data if recipe.data.many_shapes else recipe.validation_data).__name__
+        raise UserError(
+            f"data: {kind} has samples of many shapes: `data plan` plans them, a run takes data of one shape"
+        )
     missing = [
         *_missing_weights(recipe, launch),
         *_missing_tokenizers(recipe),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from core.slots import Data, Slot
 
@@ -100,6 +100,7 @@ class Buckets(Slot):
 class BucketedVideos(Data):
     """Images and videos of many shapes and lengths, planned into buckets, in the manner of Open-Sora-Plan."""
 
+    many_shapes: ClassVar[bool] = True
     root: Path | None = None
     """data.txt, or the folder that it lies in: a line for each source, ROOT,ANNOTATION."""
     split: str = "train"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from core.slots.slot import Slot
 
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 class Data(Slot):
     """Where samples come from, and how a clip is cut from them."""
 
+    many_shapes: ClassVar[bool] = False
+    """Whether samples differ in shape. The loop trains on data of one."""
     source: str = ""
     """Where the data were published; shown when they are missing."""
     fetch: str = ""

@@ -13,11 +13,13 @@ from PIL import Image
 
 from core.errors import UserError
 from core.loader import batches
+from core.preflight import preflight
 from core.slots.slot import SlotError, from_json, to_json
 from core.verbs.data import _plan
 from data.plan.sources import sources
 from data.plan.unpickled import unpickled
 from data.slots import BucketedVideos, Buckets, Captioning
+from registry import get
 from tests.data.videos import KINDS, write_video
 
 SIZES = {"a.mp4": (48, 64), "b.mp4": (48, 64), "c.mp4": (64, 48), "d.mp4": (48, 64)}
@@ -243,6 +245,12 @@ def test_a_bucket_plan_without_a_sample_names_what_to_change(tmp_path, template)
         slot(tmp_path, template, ALL, max_hxw=10**6, min_hxw=10**5).build()
     with pytest.raises(UserError, match=r"data\.buckets\.remainder"):
         slot(tmp_path, template, ALL, buckets=Buckets(remainder="drop")).build().updates(0, 64)
+
+
+def test_a_run_on_samples_of_many_shapes_is_refused_in_a_line(tmp_path, template):
+    recipe = get("lvdm-text2video-tiny").but(data=slot(tmp_path, template, ALL))
+    with pytest.raises(UserError, match="BucketedVideos has samples of many shapes: `data plan` plans them"):
+        preflight(recipe)
 
 
 @pytest.mark.parametrize(
