@@ -1,5 +1,5 @@
-"""Seconds of an optimizer step and of the moving average, against a loop over tensors: the 5.6 M numbers of four copies
-of the tiny sky model, in its 4 x 190 or so tensors.
+"""Seconds of an optimizer step and of the moving average, against a loop over tensors: those of four copies of the tiny
+sky model.
 """
 
 from __future__ import annotations
