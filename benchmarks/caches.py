@@ -45,13 +45,13 @@ def _of(recipe: Recipe) -> Iterator[Row]:
     with tempfile.TemporaryDirectory(dir=".") as folder:  # on a disk; /tmp may be memory
         make(recipe, Path(folder), draws=1, samples_per_shard=256, device="cpu", say=lambda line: None)
         cached = open_cache(Path(folder), recipe, dataset, held_out).training
-        for what, do in (("an update", _updates), ("reading and encoding", _inputs)):
+        for what, do in (("update", _updates), ("inputs", _inputs)):
             ours, limit = (do(system, recipe, each) for each in (cached, dataset))
             for _ in range(WARM):
                 ours()
                 limit()
             this, other = alternate(ours, limit, ROUNDS)
-            yield Row(f"{recipe.name}, {what}, cached / not", this, other, "s", "< 1")
+            yield Row(f"{recipe.name}, {what}, cached/not", this, other, "s", "< 1")
 
 
 def _stream(recipe: Recipe, dataset: Any) -> Iterator[tuple[dict[str, Any], Draw]]:
