@@ -24,6 +24,7 @@ from core.fingerprint import Prints, held_against, prints
 from core.fresh import Fresh
 from core.models.partly import kept, learnt
 from core.outputs import Start, start
+from core.positions import Plan, plan_of
 from core.precision import DTYPES, Scaler
 from core.preflight import frozen_parts
 from core.slots import Autoencoder, Launch, Optim, Recipe
@@ -45,6 +46,8 @@ class Built:
     scaler: Scaler
     frozen: Prints
     """What the frozen parts are, for checkpoints."""
+    plan: Plan
+    """Which samples make which update."""
     total_steps: int
     start: Start
     cached: bool = False
@@ -62,6 +65,7 @@ def build(recipe: Recipe, launch: Launch, here: Ranks) -> Built:
     if cache is not None:
         dataset, held_out = cache.training, cache.held_out
         begin = dataclasses.replace(begin, notes=(*begin.notes, cache.note))
+    plan = plan_of(dataset, recipe.loop, here.data_world, _memory(here.device))
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = recipe.loop.tf32
     system = _assemble(recipe, launch, here, begin, cache)
     frozen = prints(recipe, system, known=cache.frozen if cache else None)
@@ -76,7 +80,8 @@ def build(recipe: Recipe, launch: Launch, here: Ranks) -> Built:
         ema=EMA(recipe.optim.ema, system.trained) if recipe.optim.ema else None,
         scaler=Scaler(recipe.loop.precision),
         frozen=frozen,
-        total_steps=total_steps(recipe, len(dataset)),
+        plan=plan,
+        total_steps=recipe.loop.max_steps or plan.steps(recipe.loop.epochs or 0.0),
         start=begin,
         cached=cache is not None,
     )
@@ -176,8 +181,12 @@ def other_data(counts: Sequence[Sequence[tuple[int, str]]]) -> str | None:
 
 
 def check_batch(recipe: Recipe, world: int) -> None:
-    """Raise UserError unless global_batch is a whole number of micro-batches on every rank, naming what would fit."""
+    """Raise UserError unless global_batch is a whole number of micro-batches on every rank, naming what would fit. Data
+    of many shapes have updates of their own.
+    """
     loop = recipe.loop
+    if recipe.data.many_shapes:
+        return
     if loop.global_batch % (loop.micro_batch * world):
         fits = [m for m in range(1, loop.global_batch + 1) if loop.global_batch % (m * world) == 0]
         advice = (
@@ -266,10 +275,6 @@ def _can_fuse(here: Ranks) -> bool:
     return here.mesh is None or here.device.type == "cuda"
 
 
-def total_steps(recipe: Recipe, samples: int) -> int:
-    """Updates of a run: max_steps, or epochs over `samples`, rounded up."""
-    loop = recipe.loop
-    if loop.max_steps is not None:
-        return loop.max_steps
-    assert loop.epochs is not None
-    return max(1, -(-int(loop.epochs * samples) // loop.global_batch))
+def _memory(device: torch.device) -> int | None:
+    """Bytes of a CUDA device."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None

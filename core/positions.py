@@ -2,16 +2,20 @@
 
 The training stream is epoch after epoch, each a permutation of the dataset; an update takes the next `global_batch`
 samples of the stream. So nothing is dropped at an epoch's end, each sample is seen once an epoch, and the number of
-ranks does not matter.
+ranks does not matter. Data of many shapes have updates of their own (`Bucketed`), each of one shape.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+
+from core.errors import UserError
+from core.slots import Loop
 
 
 class Position(NamedTuple):
@@ -61,9 +65,17 @@ class Plan:
             drawn += take
         return keys, Position(epoch, drawn)
 
-    def accumulation(self, ranks: int) -> int:
+    def steps(self, epochs: float) -> int:
+        """Updates of so many epochs, rounded up."""
+        return max(1, -(-int(epochs * len(self.dataset)) // self.global_batch))
+
+    def micro(self, keys: Sequence[Key], ranks: int) -> int:
+        """Samples of an update that one of `ranks` data ranks holds at a time."""
+        return self.micro_batch
+
+    def accumulation(self, keys: Sequence[Key], ranks: int) -> int:
         """Micro-batches of an update on each of `ranks` data ranks."""
-        return self.global_batch // (self.micro_batch * ranks)
+        return len(keys) // (self.micro(keys, ranks) * ranks)
 
     def rank(self, rank: int, ranks: int, start: Position, updates: int) -> Iterator[list[Key]]:
         """Micro-batches of one rank from `start` on: micro-batch a of rank r holds places (a·ranks + r)·micro_batch
@@ -72,6 +84,45 @@ class Plan:
         position = start
         for _ in range(updates):
             keys, position = self.update(position)
-            for a in range(self.accumulation(ranks)):
-                first = (a * ranks + rank) * self.micro_batch
-                yield keys[first : first + self.micro_batch]
+            micro = self.micro(keys, ranks)
+            for a in range(self.accumulation(keys, ranks)):
+                first = (a * ranks + rank) * micro
+                yield keys[first : first + micro]
+
+
+class Bucketed(Plan):
+    """The stream of a dataset of many shapes: which samples make an update, and how many a rank holds at a time, is the
+    dataset's to say. Raises UserError where an update cannot be shared by `ranks`.
+    """
+
+    def __init__(
+        self, dataset: Any, seed: int, global_batch: int, micro_batch: int, ranks: int, memory: int | None
+    ) -> None:
+        super().__init__(dataset, seed, global_batch, micro_batch)
+        self.updates = dataset.updates(seed, global_batch)
+        self._micro = dataset.micro(micro_batch, memory)
+        odd = next((int(size) for size in self.updates.sizes if size % ranks), None)
+        if odd is not None:
+            raise UserError(
+                f"an update of {odd} samples cannot be shared by {ranks} ranks: set data.buckets.multiple (and "
+                "--global-batch, where that is an update's size) to a multiple of the ranks"
+            )
+
+    def update(self, position: Position) -> tuple[list[Key], Position]:
+        keys, after = self.updates.update(position)
+        return [Key(*key) for key in keys], Position(*after)
+
+    def micro(self, keys: Sequence[Key], ranks: int) -> int:
+        return int(self.updates.micro_batch(keys, ranks, self._micro))
+
+    def steps(self, epochs: float) -> int:
+        whole, part = divmod(epochs, 1)
+        count = sum(self.updates.updates_in(epoch) for epoch in range(int(whole)))
+        return max(1, count + (math.ceil(part * self.updates.updates_in(int(whole))) if part else 0))
+
+
+def plan_of(dataset: Any, loop: Loop, ranks: int, memory: int | None) -> Plan:
+    """The stream of a dataset for `ranks` data ranks. `memory`: bytes of a rank's device, None where unknown."""
+    if hasattr(dataset, "updates"):
+        return Bucketed(dataset, loop.seed, loop.global_batch, loop.micro_batch, ranks, memory)
+    return Plan(dataset, loop.seed, loop.global_batch, loop.micro_batch)

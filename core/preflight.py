@@ -66,11 +66,7 @@ def preflight(recipe: Recipe, launch: Launch = Launch(), here: bool = True) -> N
     if here and launch.push_to_hub != "none" and os.environ.get("RANK", "0") == "0":
         ready("--push-to-hub")
     _refuse_words_for_the_deaf(recipe)
-    if recipe.data.many_shapes or recipe.validation_data.many_shapes:
-        kind = type(recipe.data if recipe.data.many_shapes else recipe.validation_data).__name__
-        raise UserError(
-            f"data: {kind} has samples of many shapes: `data plan` plans them, a run takes data of one shape"
-        )
+    _refuse_batches_of_many_shapes(recipe, launch)
     missing = [
         *_missing_weights(recipe, launch),
         *_missing_tokenizers(recipe),
@@ -84,6 +80,20 @@ def preflight(recipe: Recipe, launch: Launch = Launch(), here: bool = True) -> N
             + f"\nWithout them: `python -m registry run {twin}` trains the tiny twin, "
             f"`python -m registry run {recipe.name} --dry-run` shows the plan."
         )
+
+
+def _refuse_batches_of_many_shapes(recipe: Recipe, launch: Launch) -> None:
+    """Held-out samples of many shapes come one by one, and have no Fréchet distance; a cache has one shape."""
+    validation = recipe.validation
+    if launch.cache and recipe.data.many_shapes:
+        raise UserError(f"--cache: {type(recipe.data).__name__} has samples of many shapes, of which there is no cache")
+    if not recipe.validation_data.many_shapes:
+        return
+    kind = type(recipe.validation_data).__name__
+    if validation.batch_size > 1:
+        raise UserError(f"validation.batch_size: must be 1, because {kind} has samples of many shapes")
+    if validation.metric_clips:
+        raise UserError(f"validation.metric_clips: must be 0, because {kind} has samples of many shapes")
 
 
 def _refuse_words_for_the_deaf(recipe: Recipe) -> None:

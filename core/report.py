@@ -43,6 +43,8 @@ class Report:
         self.folder, self.notes = built.start.folder, built.start.notes
         self.bar = Progress(None, 0, 0)
         self.now = 0
+        self.table = list(built.dataset.lines()) if recipe.data.many_shapes else []
+        """What is in which bucket, and what was left out."""
         self.speed = Utilisation(recipe, here.device, lambda line: self.bar.line(line))
         self._stop = stop
         self._skipped: Counter[str] = Counter()
@@ -109,6 +111,8 @@ class Report:
         for each in self.tracker.journal.last["data"]["sets"] if self.tracker is not None else ():
             facts = (f"{v:,} {k}" if k == "samples" else f"{k} {v}" for k, v in each["profile"].items())
             self.bar.line(f"{each['context']} data: {', '.join(facts)}")
+        for line in self.table if self.here.first else ():
+            self.bar.line(line)
 
     def step(self, step: int, failure: str | None) -> None:
         """An update is done; `failure` says why the last checkpoint was not written, if so."""

@@ -27,7 +27,6 @@ from core.errors import UserError
 from core.hashing import hash_of
 from core.loader import batches, to_device
 from core.meters import Window
-from core.positions import Plan
 from core.precision import autocast
 from core.preflight import preflight
 from core.profiling import profiler
@@ -95,7 +94,7 @@ def _updates(
 ) -> Wishes:
     """Update after update, and what is due between them. Returns what ended them early, if anything did."""
     loop, total = recipe.loop, built.total_steps
-    plan = Plan(built.dataset, loop.seed, loop.global_batch, loop.micro_batch)
+    plan = built.plan
     keys = plan.rank(here.data_rank, here.data_world, state.position, total - state.step)
     stream = batches(built.dataset, keys, workers=loop.num_workers, pin=here.device.type == "cuda")
     with profiler(loop.profile, report.folder, here) as profile:
@@ -104,20 +103,21 @@ def _updates(
             lr = learning_rate(recipe.optim, state.step, total)
             for group in built.optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
-            sums = _accumulate(recipe, built, here, state, stream, report)
+            samples, after = plan.update(state.position)
+            parts = Parts(len(samples), plan.accumulation(samples, here.data_world))
+            sums = _accumulate(recipe, built, here, state, stream, report, parts)
             wishes = _update(recipe, built, here, state, sums, stop.wishes(report.folder if here.first else None))
             if here.first and (wishes.stop or wishes.save):
                 stop.obeyed(report.folder)
-            state.step += 1
-            _, state.position = plan.update(state.position)
+            state.step, state.position = state.step + 1, after
             took = time.perf_counter() - began
-            state.window.end_update(took)
+            state.window.end_update(took, parts.samples)
             report.speed.end_update(took)
             profile.step()
 
             due = state.step % loop.log_every == 0
             if due or state.step == total:
-                values = state.window.values(lr, loop.global_batch, state.nonfinite, here.device)
+                values = state.window.values(lr, state.nonfinite, here.device)
                 report.metrics(values | report.speed.values() if here.first else values, state.step)
             if due:
                 state.window = Window()
@@ -140,6 +140,13 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
+class Parts(NamedTuple):
+    """What an update is made of: samples of all ranks, and micro-batches of each."""
+
+    samples: int
+    accumulation: int
+
+
 class _Sums(NamedTuple):
     """Of one update, on this rank: mean loss, mean logs, names of the samples."""
 
@@ -148,10 +155,12 @@ class _Sums(NamedTuple):
     names: list[str]
 
 
-def _accumulate(recipe: Recipe, built: Built, here: Ranks, state: State, stream: Any, report: Report) -> _Sums:
+def _accumulate(
+    recipe: Recipe, built: Built, here: Ranks, state: State, stream: Any, report: Report, parts: Parts
+) -> _Sums:
     """Forward and backward of one update's micro-batches. Gradients meet across ranks in the last one alone."""
     loop, system = recipe.loop, built.system
-    accumulation = loop.global_batch // (loop.micro_batch * here.data_world)
+    samples, accumulation = parts
     sums = _Sums(torch.zeros((), device=here.device), {}, [])
     for micro in range(accumulation):
         waited = time.perf_counter()
@@ -161,13 +170,13 @@ def _accumulate(recipe: Recipe, built: Built, here: Ranks, state: State, stream:
         report.speed.add(batch)
         # dropout and whatever else draws from the global generator
         torch.manual_seed(hash_of(loop.seed, state.step, micro, here.rank) & 0xFFFFFFFF)
-        draw = Draw.training(loop.seed, state.step, batch["place"], loop.global_batch, here.device)
+        draw = Draw.training(loop.seed, state.step, batch["place"], samples, here.device)
         synchronise_gradients(system.trained, micro == accumulation - 1)
         with autocast(loop.precision, here.device):
-            loss, parts = system.loss(to_device(batch, here.device), draw)
+            loss, logs = system.loss(to_device(batch, here.device), draw)
         (loss * (built.scaler.scale / accumulation)).backward()  # type: ignore[no-untyped-call]
         sums.loss.add_(loss.detach().float(), alpha=1 / accumulation)
-        for name, value in parts.items():
+        for name, value in logs.items():
             sums.logs[name] = sums.logs.get(name, torch.zeros_like(sums.loss)) + value.float() / accumulation
         sums.names.extend(batch["id"])
     return sums

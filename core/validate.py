@@ -28,6 +28,12 @@ def fixed_keys(dataset: Any, count: int) -> list[Key]:
     return [Key(SEED, 0, int(index), place) for place, index in enumerate(order)]
 
 
+def of_one_shape(dataset: Any, keys: list[Key]) -> list[Key]:
+    """Those that have the shape of the first one; `own` says the shapes of a dataset of many."""
+    own = getattr(dataset, "own", None)
+    return keys if own is None else [key for key in keys if own[key.item] == own[keys[0].item]]
+
+
 def shares(keys: Sequence[Key], ranks: Ranks, batch_size: int) -> list[list[Key]]:
     """This rank's batches: every rank has the same number of them, of the same size; short ones are filled with place
     -1.
@@ -135,7 +141,7 @@ def reconstructions(system: System, dataset: Any, recipe: Recipe, ranks: Ranks) 
     """Held-out clips above their reconstructions, (2n, 3, T, H, W) on the CPU; None where there is no autoencoder."""
     dataset = uncached(dataset)
     slot = recipe.validation
-    keys = fixed_keys(dataset, max(1, slot.num_samples))
+    keys = of_one_shape(dataset, fixed_keys(dataset, max(1, slot.num_samples)))
     parts = [keys[i : i + slot.batch_size] for i in range(0, len(keys), slot.batch_size)]
     pairs: list[Tensor] = []
     for batch in batches(dataset, parts, workers=0, pin=False):

@@ -7,7 +7,7 @@ below `len` is the record in the bucket that its own shape gives.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from data.plan.kinds import IMAGES, suffix_of
 from data.plan.planned import Planned, clips_of, shape_name
 from data.plan.records import Record
 from data.plan.rules import Columns, resized
-from data.plan.updates import Updates, costs, update_sizes
+from data.plan.updates import Micro, Updates, costs, micro_of, update_sizes
 from data.samples import BadSample, Sample, Samples
 
 if TYPE_CHECKING:
@@ -86,6 +86,14 @@ class BucketedClips(Samples):
         found = Updates(self, slot, sizes, cost, seed)
         found.update((0, 0))  # a plan without an update is refused here
         return found
+
+    def micro(self, micro_batch: int, memory: int | None) -> Micro:
+        """What one rank holds at a time of samples of a cost. `memory`: bytes of its device, None where unknown."""
+        return micro_of(self.slot.buckets, micro_batch, memory)
+
+    def lines(self) -> Iterator[str]:
+        """The table of buckets and dropped records, for people."""
+        return self.planned.lines()
 
     def hashes(self) -> np.ndarray:
         """(n,) uint64, one a sample."""

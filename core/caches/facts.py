@@ -78,6 +78,8 @@ def refuse_what_has_no_latents(recipe: Recipe) -> None:
     """Raise UserError for a recipe that has nothing to be computed ahead."""
     if not isinstance(recipe.system, Diffusion):
         raise UserError(f"{recipe.name} trains its autoencoder: there is nothing frozen whose output could be kept")
+    if recipe.data.many_shapes or recipe.validation_data.many_shapes:
+        raise UserError(f"{recipe.name}: its samples have many shapes, of which there is no cache")
     if recipe.system.autoencoder is None:
         raise UserError(f"{recipe.name} is trained on pixels: there are no latents to keep; it needs no cache")
 

@@ -14,7 +14,7 @@ class Data(Slot):
     """Where samples come from, and how a clip is cut from them."""
 
     many_shapes: ClassVar[bool] = False
-    """Whether samples differ in shape. The loop trains on data of one."""
+    """Whether samples differ in shape. Its dataset then has updates of its own (core/positions.py)."""
     source: str = ""
     """Where the data were published; shown when they are missing."""
     fetch: str = ""

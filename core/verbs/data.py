@@ -236,9 +236,9 @@ def _cache(recipe: Recipe, flags: CacheFlags, words: list[str]) -> int:
 def _plan(recipe: Recipe) -> int:
     """The table of buckets and dropped records, and the updates that an epoch has."""
     dataset = recipe.data.build()
-    if not hasattr(dataset, "planned"):
+    if not recipe.data.many_shapes:
         raise UserError(f"data plan: {recipe.name}: {type(recipe.data).__name__} has no buckets; data check reads it")
-    for line in dataset.planned.lines():
+    for line in dataset.lines():
         print(line)
     updates = dataset.updates(recipe.loop.seed, recipe.loop.global_batch)
     print(f"an epoch: {updates.updates_in(0):,} updates")
