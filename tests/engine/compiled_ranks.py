@@ -48,7 +48,7 @@ class Alone:
 
     def __init__(self):
         torch.manual_seed(0)
-        self.trained = nn.ModuleDict({"net": Net()})
+        self.trained, self.frozen = nn.ModuleDict({"net": Net()}), nn.ModuleDict()
 
     def blocks(self):
         return list(self.trained["net"].blocks)
