@@ -25,17 +25,21 @@ MAX_BATCH_HEADS = 65_535
 FEW_FRAMES = 5
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, backend: str = "sdpa") -> Tensor:
-    """softmax(q k^T / sqrt(head_dim)) v over (B, heads, N, head_dim); k and v may have another N."""
-    kernel = _kernel(backend)
+def attend(q: Tensor, k: Tensor, v: Tensor, backend: str = "sdpa", bias: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(head_dim)) v over (B, heads, N, head_dim); k and v may have another N, N'.
+
+    `bias` (B, N') is added to the logits of every key. flash and xformers take none here: torch chooses instead.
+    """
+    kernel = _kernel(backend if bias is None or backend in BIASED else "sdpa")
+    given = (q, k, v) if bias is None else (q, k, v, bias[:, None, None].to(q.dtype))
     rows = max(1, MAX_BATCH_HEADS // q.shape[1])
     if q.shape[0] <= rows:
-        return kernel(q, k, v)
-    return torch.cat([kernel(*part) for part in zip(q.split(rows), k.split(rows), v.split(rows), strict=True)])
+        return kernel(*given)
+    return torch.cat([kernel(*part) for part in zip(*(x.split(rows) for x in given), strict=True)])
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v)
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -50,20 +54,23 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return memory_efficient_attention(q, k, v).transpose(1, 2)
 
 
-def _eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _eager(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, heads, N, N')
+    logits = logits if bias is None else logits + bias
     return logits.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
 
 
-BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+BACKENDS: dict[str, Callable[..., Tensor]] = {
     "sdpa": _sdpa,
     "xformers": _xformers,
     "flash": _flash,
     "eager": _eager,
 }
+BIASED = ("sdpa", "eager")
+"""Those that take a bias."""
 
 
-def _kernel(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def _kernel(name: str) -> Callable[..., Tensor]:
     if name not in BACKENDS:
         raise UserError(f"attention {name!r}: expected one of {', '.join(BACKENDS)}{did_you_mean(name, BACKENDS)}")
     return BACKENDS[name]

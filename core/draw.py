@@ -72,6 +72,12 @@ class Draw:
             return torch.empty(len(self.keys), device="meta")
         return torch.tensor(self.chances(name), dtype=torch.float32).to(self.device, non_blocking=True)
 
+    def stratified(self, strata: int, name: str) -> Tensor:
+        """Uniform in one of `strata` equal slices of [0, 1), (B,): by the sample's place, as many places a slice."""
+        slices = [place * strata // self.total for place in self.places]
+        drawn = self.uniform(name)
+        return drawn if strata == 1 else (drawn + torch.tensor(slices).to(self.device, non_blocking=True)) / strata
+
     def quantiles(self) -> Tensor:
         """The middle of the sample's stratum, (place + 1/2) / total, (B,): no randomness, evenly spread over the whole
         set.
@@ -79,7 +85,3 @@ class Draw:
         if self.device.type == "meta":
             return torch.empty(len(self.keys), device="meta")
         return ((torch.tensor(self.places, dtype=torch.float32) + 0.5) / self.total).to(self.device)
-
-    def integers(self, high: int, name: str) -> Tensor:
-        """Uniform integers in [0, high), (B,) int64."""
-        return (self.uniform(name) * high).long().clamp_(max=high - 1)

@@ -8,13 +8,16 @@ is someone else's business.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from core.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from core.slots import Objective
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 BetaSchedule = Literal["scaled_linear", "linear"]
@@ -31,6 +34,14 @@ def betas_of(start: float, end: float, schedule: str, steps: int) -> Tensor:
     raise _unknown("beta_schedule", schedule, ("scaled_linear", "linear"))
 
 
+def without_terminal_signal(alphas_cumprod: Tensor) -> Tensor:
+    """abar (T,) with its root shifted and scaled so that the first stays and the last is 0 (arXiv 2305.08891, algorithm
+    1).
+    """
+    root = alphas_cumprod.sqrt()
+    return ((root - root[-1]) * (root[0] / (root[0] - root[-1]))).square()
+
+
 def _unknown(field: str, value: str, known: tuple[str, ...]) -> UserError:
     return UserError(f"{field} {value!r}: expected one of {', '.join(known)}{did_you_mean(value, known)}")
 
@@ -44,9 +55,13 @@ class NoiseSchedule:
         beta_end: float,
         beta_schedule: str = "scaled_linear",
         num_train_timesteps: int = 1000,
+        zero_terminal_snr: bool = False,
     ) -> None:
         self.betas = betas_of(beta_start, beta_end, beta_schedule, num_train_timesteps)
         self.alphas_cumprod = torch.cumprod(1.0 - self.betas, dim=0)
+        if zero_terminal_snr:
+            self.alphas_cumprod = without_terminal_signal(self.alphas_cumprod)
+            self.betas = 1.0 - self.alphas_cumprod / F.pad(self.alphas_cumprod[:-1], (1, 0), value=1.0)
         self._tables = {
             "alpha": self.alphas_cumprod.sqrt(),
             "sigma": (1.0 - self.alphas_cumprod).sqrt(),
@@ -62,6 +77,10 @@ class NoiseSchedule:
     def snr(self) -> Tensor:
         """abar / (1 - abar) (T,) float64 (arXiv 2107.00630, equation 1 with alpha^2 = abar)."""
         return self.alphas_cumprod / (1.0 - self.alphas_cumprod)
+
+    def times(self, u: Tensor) -> Tensor:
+        """Timesteps (B,) int64 at quantiles u (B,) in [0, 1]."""
+        return (u * len(self)).long().clamp_(max=len(self) - 1)
 
     def _at(self, table: str, t: Tensor, like: Tensor | None = None) -> Tensor:
         """Entries at t (B,) float32, as (B, 1, ..., 1) beside `like`."""
@@ -110,6 +129,55 @@ class NoiseSchedule:
         if prediction_type == "sample":
             return snr.clamp(max=gamma)
         raise _unknown_prediction(prediction_type)
+
+
+class FlowSchedule:
+    """Straight paths x_s = (1 - s) x_0 + s noise (arXiv 2209.03003) at timesteps T s, float32, in (0, T]."""
+
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        density: str = "uniform",
+        mean: float = 0.0,
+        std: float = 1.0,
+        shift: float = 1.0,
+    ) -> None:
+        self.steps, self.density, self.mean, self.std, self.shift = num_train_timesteps, density, mean, std, shift
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def times(self, u: Tensor) -> Tensor:
+        """Timesteps (B,) at quantiles u (B,) in [0, 1]: u of the density, then T - floor(T u), then shifted."""
+        if self.density == "logit_normal":  # arXiv 2403.03206, equation 19
+            inside = u.double().clamp(1e-9, 1.0 - 1e-9)
+            u = (self.mean + self.std * torch.special.ndtri(inside)).sigmoid()
+        levels = 1.0 - (u * self.steps).floor().clamp(max=self.steps - 1) / self.steps
+        return (self.steps * self.shift * levels / (1.0 + (self.shift - 1.0) * levels)).float()  # equation 23
+
+    def _level(self, t: Tensor, like: Tensor) -> Tensor:
+        return (t.float() / self.steps).view(-1, *[1] * (like.dim() - 1))
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_s of samples (B, ...) at t (B,), float32."""
+        s = self._level(t, x0)
+        return (1.0 - s) * x0.float() + s * noise.float()
+
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor, prediction_type: str) -> Tensor:
+        """The velocity along the path."""
+        return noise.float() - x0.float()
+
+    def min_snr_weight(self, t: Tensor, prediction_type: str, gamma: float) -> Tensor:
+        raise UserError("snr_gamma: a flow has no such weight")
+
+
+def schedule_of(objective: Objective) -> NoiseSchedule | FlowSchedule:
+    """The paths from samples to noise that an objective means."""
+    if objective.prediction_type == "flow":
+        shape = (objective.flow_density, objective.flow_mean, objective.flow_std, objective.flow_shift)
+        return FlowSchedule(objective.num_train_timesteps, *shape)
+    ends = (objective.beta_start, objective.beta_end, objective.beta_schedule)
+    return NoiseSchedule(*ends, objective.num_train_timesteps, objective.zero_terminal_snr)
 
 
 def _unknown_prediction(value: str) -> UserError:

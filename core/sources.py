@@ -132,8 +132,9 @@ def _same_schedule(recipe: Recipe, file: Path) -> None:
     if objective is None or not file.is_file():
         return
     stored = json.loads(file.read_text())
-    for field in ("prediction_type", "beta_schedule", "beta_start", "beta_end", "num_train_timesteps"):
-        ours, theirs = getattr(objective, field), stored.get(field)
+    names = {"zero_terminal_snr": "rescale_betas_zero_snr"}
+    for field in ("prediction_type", "beta_schedule", "beta_start", "beta_end", "num_train_timesteps", *names):
+        ours, theirs = getattr(objective, field), stored.get(names.get(field, field))
         if theirs is not None and theirs != ours:
             raise UserError(
                 f"{file}: {field} is {theirs!r}, but {ours!r} in {recipe.name}: these are of another recipe"

@@ -4,7 +4,7 @@ from core.slots.autoencoder import Autoencoder, FrameVAE, VideoVAE
 from core.slots.checkpoint import Checkpoint
 from core.slots.condition import CLIPText, Condition, LDMBert
 from core.slots.data import Data
-from core.slots.denoiser import Denoiser, LDMUNet, LVDMShortUNet, LVDMTextUNet
+from core.slots.denoiser import Denoiser, LDMUNet, LVDMShortUNet, LVDMTextUNet, OpenSoraDiT
 from core.slots.free import FreeInit, FreeNoise
 from core.slots.launch import Launch
 from core.slots.loop import Loop
@@ -71,6 +71,7 @@ __all__ = [
     "MotionModules",
     "MotionUNet",
     "Objective",
+    "OpenSoraDiT",
     "Optim",
     "Parallel",
     "ParamGroup",

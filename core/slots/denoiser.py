@@ -155,3 +155,60 @@ class LDMUNet(Denoiser):
                 norm_num_groups=self.norm_num_groups,
             )
         )
+
+
+class OpenSoraDiT(Denoiser):
+    """The transformer of Open-Sora-Plan v1.3 (arXiv 2412.00131), told a text whose padding is rows of zeros."""
+
+    component: ClassVar[str] = "transformer"
+
+    in_channels: int = 8
+    """Channels of the noisy input."""
+    out_channels: int = 8
+    """Channels of the prediction."""
+    patch_size: int = 2
+    """Side of a patch of a latent frame, which is a token."""
+    num_attention_heads: int = 24
+    """Attention heads."""
+    attention_head_dim: int = 96
+    """Width of a head, a multiple of 6: a third of it turns with time, height and width each."""
+    num_layers: int = 32
+    """Blocks."""
+    context_dim: int = 4096
+    """Width of the text: the hidden size of the text encoder."""
+    sparse_n: int = 4
+    """Skiparse attention: a token attends to one in so many others, and two blocks connect all. 1: dense. Weights are
+    tied to it."""
+    sparse_blocks: tuple[int, int] = (2, 30)
+    """The first sparse block, counted from 0, and the first dense one after it."""
+    interpolation_scale_t: float = 1.0
+    """Rotary positions along time are divided by this."""
+    interpolation_scale_h: float = 1.0
+    """The same along height."""
+    interpolation_scale_w: float = 1.0
+    """The same along width."""
+    dropout: float = 0.0
+    """Dropout after attention and within the feed-forward."""
+
+    def check(self) -> None:
+        for name in ("in_channels", "out_channels", "patch_size", "num_attention_heads", "num_layers", "context_dim"):
+            if getattr(self, name) < 1:
+                self.refuse(name, "must be at least 1")
+        if self.attention_head_dim < 6 or self.attention_head_dim % 6:
+            self.refuse("attention_head_dim", "must be a multiple of 6: three axes, each in pairs of coordinates")
+        if self.sparse_n < 1:
+            self.refuse("sparse_n", "must be at least 1, which is dense attention")
+        if not 0 <= self.sparse_blocks[0] <= self.sparse_blocks[1]:
+            self.refuse("sparse_blocks", "must be two counts of blocks, the second not the smaller")
+        for name in ("interpolation_scale_t", "interpolation_scale_h", "interpolation_scale_w"):
+            if getattr(self, name) <= 0:
+                self.refuse(name, "must be above 0")
+        if not 0.0 <= self.dropout < 1.0:
+            self.refuse("dropout", "must be in [0, 1)")
+
+    def build(self) -> nn.Module:
+        from core.models.opensora_dit import OpenSoraDiT as Network
+        from core.slots.slot import field_types
+
+        sizes = {name: getattr(self, name) for name in field_types(type(self))}
+        return Network(caption_channels=sizes.pop("context_dim"), **sizes)

@@ -47,6 +47,11 @@ class Recipe(Slot):
         why = objective and self.validation.sampler.misfit(objective)
         if why:
             raise SlotError(f"validation.sampler: {why}")
+        if objective and self.loop.global_batch % objective.timestep_strata:
+            raise SlotError(
+                f"system.objective.timestep_strata = {objective.timestep_strata}: must divide loop.global_batch = "
+                f"{self.loop.global_batch}, or some timesteps would be learnt more often"
+            )
         frames = self.data.clip_shape()[0]
         if why := self.too_long(frames, None):
             raise SlotError(

@@ -26,6 +26,8 @@ class Sampler(Slot):
     """Why from no others."""
     least_steps: ClassVar[int] = 1
     """Fewer steps than this leave the noise where it is."""
+    from_pure_noise: ClassVar[bool] = False
+    """Whether it can start where nothing is left of a sample."""
     since: ClassVar[dict[str, Any]] = {"free_init": None, "free_noise": None}
 
     num_inference_steps: int = 50
@@ -50,11 +52,20 @@ class Sampler(Slot):
         """The most steps over a schedule of `total` timesteps."""
         return total
 
+    def starts_pure(self) -> bool:
+        """Whether its first step is the last timestep of a schedule, even if that is pure noise."""
+        return self.from_pure_noise
+
     def misfit(self, objective: Objective) -> str | None:
         """Why it cannot sample from a network of this objective, or None."""
         name, kind, total = type(self).__name__, objective.prediction_type, objective.num_train_timesteps
         if kind not in self.predicts:
             return f"{name} needs a network that predicts {' or '.join(self.predicts)}, not {kind}: {self.because}"
+        if objective.zero_terminal_snr and not self.starts_pure():
+            return (
+                f"{name} does not start from pure noise, and with zero_terminal_snr the network has learnt to; take "
+                "EulerAncestral, DDPM, or StockDDIM with timestep_spacing trailing"
+            )
         if self.num_inference_steps > self.most_steps(total):
             steps = self.num_inference_steps
             return f"{name} takes at most {self.most_steps(total)} steps over {total} timesteps, not {steps}"
@@ -79,7 +90,7 @@ def _schedule(objective: Objective) -> dict[str, Any]:
         "beta_schedule": objective.beta_schedule,
         "num_train_timesteps": objective.num_train_timesteps,
         "prediction_type": objective.prediction_type,
-    }
+    } | ({"rescale_betas_zero_snr": True} if objective.zero_terminal_snr else {})
 
 
 def _most_leading_steps(total: int) -> int:
@@ -142,6 +153,9 @@ class StockDDIM(DDIM):
     def most_steps(self, total: int) -> int:
         return total - self.steps_offset if self.timestep_spacing == "leading" else total
 
+    def starts_pure(self) -> bool:
+        return self.timestep_spacing != "leading"
+
     def scheduler(self, objective: Objective) -> Any:
         from diffusers import DDIMScheduler
 
@@ -161,6 +175,7 @@ class DDPM(Sampler):
     """
 
     least_steps: ClassVar[int] = 2
+    from_pure_noise: ClassVar[bool] = True
 
     clip_x0: float | None = None
     """Clamp the predicted clean sample to this range at every step. None: no clamping."""
@@ -237,6 +252,8 @@ class Euler(Sampler):
 class EulerAncestral(Sampler):
     """Euler steps that go below the next noise level, and fresh noise up to it (k-diffusion), at even timesteps."""
 
+    from_pure_noise: ClassVar[bool] = True
+
     predicts: ClassVar[tuple[str, ...]] = ("epsilon", "v_prediction")
     because: ClassVar[str] = "diffusers' scheduler has no formula for it"
     least_steps: ClassVar[int] = 2
@@ -244,7 +261,8 @@ class EulerAncestral(Sampler):
     def scheduler(self, objective: Objective) -> Any:
         from diffusers import EulerAncestralDiscreteScheduler
 
-        return EulerAncestralDiscreteScheduler(**_schedule(objective))
+        spacing = {"timestep_spacing": "trailing"} if objective.zero_terminal_snr else {}
+        return EulerAncestralDiscreteScheduler(**_schedule(objective), **spacing)
 
 
 class Heun(Sampler):

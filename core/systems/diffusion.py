@@ -14,10 +14,10 @@ from core.distributed import is_spread
 from core.draw import Draw
 from core.errors import UserError
 from core.free_init import rounds
-from core.objective import LOSSES, NoiseSchedule
+from core.objective import LOSSES, FlowSchedule, NoiseSchedule, schedule_of
 from core.precision import DTYPES, no_autocast
 from core.sampling import Denoise, sample, shuffled, told
-from core.slots import DDIM, Diffusion, FreeNoise, Sampler, StableDiffusionUNet, StockDDIM
+from core.slots import DDIM, Diffusion, FlowMatchEuler, FreeNoise, Sampler, StableDiffusionUNet, StockDDIM
 from core.systems import Batch, Logs, System
 from core.weights.pipelines import complete
 
@@ -44,10 +44,9 @@ class DiffusionSystem(System):
                 self.frozen[part.component] = nn.Module.to(built, DTYPES[part.dtype])  # type: ignore[union-attr]
 
     @functools.cached_property
-    def schedule(self) -> NoiseSchedule:
+    def schedule(self) -> NoiseSchedule | FlowSchedule:
         """The tables of the noise schedule, made when they are first needed: no part of the modules."""
-        slot = self.slot.objective
-        return NoiseSchedule(slot.beta_start, slot.beta_end, slot.beta_schedule, slot.num_train_timesteps)
+        return schedule_of(self.slot.objective)
 
     @property
     def autoencoder(self) -> nn.Module | None:
@@ -156,13 +155,13 @@ class DiffusionSystem(System):
         return losses
 
     def loss(self, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
-        t = draw.integers(self.slot.objective.num_train_timesteps, "timesteps")
+        t = self.schedule.times(draw.stratified(self.slot.objective.timestep_strata, "timesteps"))
         dropout = max((getattr(condition, "dropout", 0.0) for condition in self.slot.conditions), default=0.0)
         return self._losses(batch, t, draw, dropout).mean(), {}
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, draw: Draw) -> Logs:
-        t = (draw.quantiles() * self.slot.objective.num_train_timesteps).long()
+        t = self.schedule.times(draw.quantiles())
         return {"loss": self._losses(batch, t, draw)}
 
     @torch.no_grad()
@@ -235,6 +234,14 @@ class DiffusionSystem(System):
         counted = getattr(self.text, "lost_tokens", None)
         return int(counted(prompt)) if counted else 0
 
+    def _exported_sampler(self) -> Sampler:
+        objective = self.slot.objective
+        if objective.prediction_type == "flow":
+            return FlowMatchEuler(shift=objective.flow_shift)
+        if objective.zero_terminal_snr:
+            return StockDDIM(timestep_spacing="trailing")
+        return StockDDIM() if isinstance(self.slot.denoiser, StableDiffusionUNet) else DDIM()
+
     def _latent_shape(self, clip: Sequence[int]) -> tuple[int, ...]:
         """Pixel (T, H, W) → latent (C, T', H', W'), by the autoencoder's own factors."""
         vae = self.autoencoder
@@ -252,8 +259,7 @@ class DiffusionSystem(System):
 
     def export(self, folder: Path, weights: dict[str, dict[str, Tensor]]) -> None:
         super().export(folder, weights)
-        stock = isinstance(self.slot.denoiser, StableDiffusionUNet)
-        (StockDDIM() if stock else DDIM()).build(self.slot.objective).save_pretrained(folder / "scheduler")
+        self._exported_sampler().build(self.slot.objective).save_pretrained(folder / "scheduler")
         if self.slot.autoencoder is None or self.autoencoder is not None:  # a run from a cache may have none of them
             complete(folder, self.slot)
 

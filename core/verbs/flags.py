@@ -222,7 +222,7 @@ class ImportFlags(VerbFlags):
 
     to: Path | None = None
     """Folder to write; each network gets a folder of its own in it."""
-    component: Literal["unet", "vae", "text_encoder", "motion_adapter"] | None = None
+    component: Literal["unet", "transformer", "vae", "text_encoder", "motion_adapter"] | None = None
     """Also --as. The one network to import. None: all that are recognised."""
     recipe: str | None = None
     """Also --for. The recipe whose networks these are. None: told by names and shapes of the tensors."""

@@ -11,6 +11,7 @@ from core.weights.lora import NETWORKS as LORA
 from core.weights.lvdm import NETWORKS as LVDM
 from core.weights.motion import NETWORKS as MOTION
 from core.weights.network import Network
+from core.weights.opensora import NETWORKS as OPENSORA
 
 CLIP = Network(
     name="CLIP's text encoder",
@@ -19,7 +20,7 @@ CLIP = Network(
     instead="it is the stock one: hf download openai/clip-vit-large-patch14 --local-dir weights/clip",
 )
 
-NETWORKS: tuple[Network, ...] = (*LORA, *MOTION, *LVDM, *LDM, *AUTOENCODERS, CLIP)
+NETWORKS: tuple[Network, ...] = (*LORA, *MOTION, *LVDM, *LDM, *OPENSORA, *AUTOENCODERS, CLIP)
 
 
 def recognised(state: State) -> Network | None:

@@ -14,7 +14,7 @@ def test_micro_batches_draw_what_the_whole_batch_draws(seed, step, split):
     for draw in (
         lambda d: d.noise((2, 3)),
         lambda d: d.uniform("t"),
-        lambda d: d.integers(1000, "t"),
+        lambda d: d.stratified(3, "t"),
         lambda d: d.quantiles(),
     ):
         assert torch.equal(draw(whole), torch.cat([draw(part) for part in parts]))
@@ -29,7 +29,7 @@ def test_steps_places_names_and_seeds_draw_differently():
 
 def test_noise_is_standard_normal_and_timesteps_are_uniform():
     draw = Draw.training(3, 5, range(4000), 4000)
-    noise, t = draw.noise((16,)), draw.integers(1000, "timesteps")
+    noise, t = draw.noise((16,)), (draw.stratified(8, "timesteps") * 1000).long()
     assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
     assert t.min() >= 0 and t.max() <= 999 and abs(t.float().mean() - 499.5) < 15
     assert abs(torch.corrcoef(noise[:, :2].T)[0, 1]) < 0.05
