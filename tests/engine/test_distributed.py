@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from core.errors import UserError
 from core.slots import Parallel
 from core.verbs.run import descendants
-from tests.engine.processes import run_ranks
+from tests.engine.processes import run_ranks, start_words
 from tests.engine.running import REPO, TWINS, flags, losses, registry, short
+from tests.tracking.servers import free_port
 
 LENGTH = "--max-steps 3"
 MANY = 40
@@ -96,10 +97,21 @@ def test_a_run_goes_on_from_two_ranks_on_one_and_on_two_again_with_the_losses_of
     assert losses(four).keys() == set(range(1, 11))
 
 
+def two_ranks(words, folder, store):
+    """Exit code of the first of two ranks of `run WORDS`, and what both said."""
+    said, port = folder / "said", free_port()
+    words = ["run", *words, "--output-dir", str(folder / "run"), "--store", store, "--device", "cpu"]
+    ranks = [start_words(words, said, rank, 2, port) for rank in range(2)]
+    for process in ranks:
+        process.join(200)
+        process.kill()
+    return ranks[0].exitcode, said.read_text()
+
+
 def test_a_recipe_that_cannot_split_its_sequence_says_so(sky, store, tmp_path):
     words = flags("lvdm-short-sky-tiny", sky, "--batch-size 2 --parallel.sequence 2")
-    done = registry("run", *words, "--output-dir", str(tmp_path / "run"), "--store", store, cwd=tmp_path, nproc=2)
-    assert done.returncode != 0 and "cannot split the tokens of a sample over ranks" in done.stderr
+    code, said = two_ranks(words, tmp_path, store)
+    assert code != 0 and "cannot split the tokens of a sample over ranks" in said
 
 
 def ranks_of(launcher):
@@ -189,9 +201,8 @@ def test_nproc_starts_the_processes_itself_and_rank_0_alone_talks(sky, store, tm
 
 def test_a_batch_that_does_not_divide_over_the_ranks_is_one_line_that_says_what_fits(sky, store, tmp_path):
     words = flags("lvdm-short-sky-tiny", sky, "--global-batch 4 --batch-size 4")
-    done = registry("run", *words, "--output-dir", str(tmp_path / "run"), "--store", store, cwd=tmp_path, nproc=2)
-    assert done.returncode != 0
-    assert "does not divide over 2 ranks x micro_batch 4: --batch-size 1 or 2 fits" in done.stderr
+    code, said = two_ranks(words, tmp_path, store)
+    assert code != 0 and "does not divide over 2 ranks x micro_batch 4: --batch-size 1 or 2 fits" in said
     assert not (tmp_path / "run").exists()
 
 
