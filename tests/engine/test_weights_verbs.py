@@ -10,8 +10,8 @@ import registry
 from core.checkpoint import checkpoints
 from core.weights.load import read_component
 from core.weights.stored import open_stored
-from tests.engine.running import flags, run_here, short
-from tests.engine.running import registry as command
+from tests.engine.processes import run_ranks
+from tests.engine.running import run_here, short
 
 
 @pytest.fixture(scope="module")
@@ -119,10 +119,8 @@ def test_a_run_starts_from_the_moving_average_of_the_authors(run, sky, tmp_path,
 
 
 def test_a_checkpoint_written_in_pieces_by_two_processes_is_read_whole(sky, tmp_path, store, capsys):
-    out = tmp_path / "run"
-    words = flags("lvdm-short-sky-tiny", sky, "--max-steps 1 --parallel.shard 2 --batch-size 2")
-    done = command("run", *words, "--output-dir", str(out), "--store", store, cwd=tmp_path, nproc=2)
-    assert done.returncode == 0, done.stderr
+    recipe = short("lvdm-short-sky-tiny", sky, "--max-steps 1 --parallel.shard 2 --batch-size 2")
+    out = run_ranks(recipe, 2, tmp_path / "run", store)
     assert len(list(checkpoints(out / "checkpoints")[0].glob("*.safetensors"))) == 2
     _equal(_of_checkpoint(out, "ema"), _weights(out / "export" / "unet"))
 
