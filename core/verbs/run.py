@@ -41,10 +41,12 @@ def _say(result: Result, given: str | None) -> None:
     from core.tracking import store_uri
 
     out, store, stopped = result.output_dir, store_uri(given), result.asked.leave
-    clip = next(iter(sorted(out.glob("samples/*/*.mp4"), reverse=True)), out / "samples")
+    clip = next(iter(sorted(out.glob("samples/*/*.mp4"), reverse=True)), None)
+    shown = clip or next(iter(sorted(out.glob("samples/*/*.png"), reverse=True)), None)
     run = result.run_id or "still to be made"
     print(f"{'stopped' if stopped else 'finished'} at step {result.step}, MLflow run {run}")
-    print(f"  clip        {clip}")
+    if shown:
+        print(f"  {'clip   ' if clip else 'picture'}     {shown}")
     print(f"  checkpoint  {next(iter(checkpoints(out / 'checkpoints')), None)}")
     if stopped:
         print(f"  go on with  python -m registry resume {out}")
