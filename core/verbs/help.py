@@ -34,11 +34,15 @@ VERBS = {
         "python -m registry show lvdm-short-sky --lr 6e-5",
     ),
     "diff": Verb(
-        "A B [--json] [--store URI]",
-        "two sides, each a recipe, a recipe in quotes with overrides, a recipe.json, an output directory or run:<id>",
+        "A B [--json | --as flags | --as recipe [--name NAME]] [--store URI]",
+        "two sides, each a recipe, a recipe in quotes with overrides, NAME@REVISION, a recipe.json, an output "
+        "directory or run:<id>",
         "Show the fields that differ between two recipes. Exit code 0 when none does, 1 when some do.\n"
-        "A side is a name, a name with overrides in quotes, a recipe.json, the output directory of a run, or\n"
-        "run:<MLflow run id>.",
+        "A side is a name, a name with overrides in quotes, a recipe.json, the output directory of a run,\n"
+        "run:<MLflow run id>, or NAME@REVISION: the recipe as it stood at a commit of this project's git, which\n"
+        "another process reads. --as flags prints the shortest flags that turn A into B; --as recipe the child of\n"
+        "the recipe that A is called after, with the fields of B. On a terminal red is what only A has, green what\n"
+        "only B has.",
         'python -m registry diff lvdm-short-sky "lvdm-short-sky --lr 6e-5"',
     ),
     "run": Verb(
@@ -128,6 +132,13 @@ VERBS = {
         "A server that was down or slow has gaps; the run's journal has none. Without a run: all under ./runs.\n"
         "Doing it twice changes nothing; another --store gets a copy. Exit code 1 when something is left.",
         "python -m registry sync runs/first",
+    ),
+    "runs": Verb(
+        "[--recipe NAME] [--limit N] [--json] [--store URI]",
+        "nothing",
+        "List the runs of the MLflow store, the newest first; the last column is recipe.delta.\n"
+        "It is the shortest flags from the registered recipe to what the run trained, a tag of the run in MLflow too.",
+        "python -m registry runs --recipe lvdm-short-sky-tiny",
     ),
     "doctor": Verb(
         "[--fix] [--store URI]",
