@@ -145,12 +145,9 @@ def _list(words: list[str]) -> int:
     if _wants_help(words):
         return _help(words, "list")
     as_json = _take(words, "--json")
-    if words:
-        from core.cli import parse
+    from core.verbs.find import matching
 
-        parse(words)
-    print_list(map(_make, names()), as_json)
-    return 0
+    return print_list(matching(words, map(_make, names())), as_json)
 
 
 def _show(words: list[str]) -> int:
@@ -158,9 +155,9 @@ def _show(words: list[str]) -> int:
 
     if _wants_help(words):
         return _help(words, "show", named=True)
-    as_json = _take(words, "--json")
+    as_json, origin = _take(words, "--json"), _take(words, "--origin")
     (name,) = _first(words, "show")
-    print_recipe(get(name, *words[1:]), as_json)
+    print_recipe(get(name, *words[1:]), as_json, origin)
     return 0
 
 
@@ -260,6 +257,18 @@ def _generate(words: list[str], verb: str, flags: Any) -> int:
     return 0
 
 
+def _promote(words: list[str]) -> int:
+    from core.verbs.flags import StoreFlags
+
+    if _wants_help(words):
+        return _help(words, "promote", StoreFlags())
+    (where,) = _first(words, "promote")
+    names()
+    from core.verbs.promote import promote
+
+    return promote(where, words[1:], sys.modules["recipes"].__path__[0])
+
+
 def _measure(words: list[str]) -> int:
     from core.cli import parse
     from core.verbs.flags import MeasureFlags
@@ -338,6 +347,7 @@ DO: dict[str, Callable[[list[str]], int]] = {
     "data": _data,
     "sync": _sync,
     "runs": functools.partial(_of_flags, "runs", "RunsFlags", "runs"),
+    "promote": _promote,
     "doctor": functools.partial(_of_flags, "doctor", "DoctorFlags", "doctor"),
     "ui": functools.partial(_of_flags, "ui", "UiFlags", "serve"),
 }

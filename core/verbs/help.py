@@ -25,11 +25,19 @@ OVERRIDES = (
 A_RUN = "a run: its MLflow id or its output directory"
 
 VERBS = {
-    "list": Verb("[--json]", "nothing", "List all recipes.", "python -m registry list"),
+    "list": Verb(
+        "[WORD …] [--tag KEY[=VALUE] …] [--where CONDITION …] [--json]",
+        "nothing",
+        "List all recipes, or those for which all holds that is given. Exit code 1 when there is none.\n"
+        "A word stands in the name or in the docstring. --tag is a tag of tracking.tags, or experiment=NAME. --where\n"
+        "is a field, one of < <= > >= = != and a value, in quotes; a recipe without the field is left out.",
+        "python -m registry list sky --tag experiment=lvdm --where 'optim.lr<1e-4'",
+    ),
     "show": Verb(
-        "NAME [overrides] [--json]",
+        "NAME [overrides] [--json | --origin [--json]]",
         "the name of a recipe",
         "Show a recipe with every field; --json: as the recipe.json of a run.\n"
+        "--origin: where each field is set, as class and file:line.\n"
         f"{OVERRIDES}\n`show NAME --help` lists the flags of that recipe.",
         "python -m registry show lvdm-short-sky --lr 6e-5",
     ),
@@ -139,6 +147,13 @@ VERBS = {
         "List the runs of the MLflow store, the newest first; the last column is recipe.delta.\n"
         "It is the shortest flags from the registered recipe to what the run trained, a tag of the run in MLflow too.",
         "python -m registry runs --recipe lvdm-short-sky-tiny",
+    ),
+    "promote": Verb(
+        "RUN --as NAME [--store URI]",
+        A_RUN,
+        "Make a recipe of what a run trained: a child of its recipe, in a file of its own in recipes/.\n"
+        "The class says only what is different, formatted, and is imported at once.",
+        "python -m registry promote runs/first --as lvdm-short-sky-longer",
     ),
     "doctor": Verb(
         "[--fix] [--store URI]",
