@@ -145,12 +145,9 @@ def _list(words: list[str]) -> int:
     if _wants_help(words):
         return _help(words, "list")
     as_json = _take(words, "--json")
-    if words:
-        from core.cli import parse
+    from core.verbs.find import matching
 
-        parse(words)
-    print_list(map(_make, names()), as_json)
-    return 0
+    return print_list(matching(words, map(_make, names())), as_json)
 
 
 def _show(words: list[str]) -> int:
@@ -158,24 +155,22 @@ def _show(words: list[str]) -> int:
 
     if _wants_help(words):
         return _help(words, "show", named=True)
-    as_json = _take(words, "--json")
+    as_json, origin = _take(words, "--json"), _take(words, "--origin")
     (name,) = _first(words, "show")
-    print_recipe(get(name, *words[1:]), as_json)
+    print_recipe(get(name, *words[1:]), as_json, origin)
     return 0
 
 
 def _diff(words: list[str]) -> int:
-    from core.cli import parse
-    from core.verbs.diff import print_diff, side
     from core.verbs.flags import StoreFlags
 
     if _wants_help(words):
         return _help(words, "diff", StoreFlags())
     as_json = _take(words, "--json")
-    a, b = _first(words, "diff", 2)
-    (flags,) = parse(words[2:], StoreFlags())
-    known = names()
-    return print_diff(side(a, flags.store, known, get), side(b, flags.store, known, get), (a, b), as_json)
+    _first(words, "diff", 2)
+    from core.verbs.diff import diff
+
+    return diff(words, names(), get, as_json)
 
 
 def _run(words: list[str]) -> int:
@@ -262,6 +257,18 @@ def _generate(words: list[str], verb: str, flags: Any) -> int:
     return 0
 
 
+def _promote(words: list[str]) -> int:
+    from core.verbs.flags import StoreFlags
+
+    if _wants_help(words):
+        return _help(words, "promote", StoreFlags())
+    (where,) = _first(words, "promote")
+    names()
+    from core.verbs.promote import promote
+
+    return promote(where, words[1:], sys.modules["recipes"].__path__[0])
+
+
 def _measure(words: list[str]) -> int:
     from core.cli import parse
     from core.verbs.flags import MeasureFlags
@@ -298,18 +305,6 @@ def _data(words: list[str]) -> int:
     return verb.data(words, verb.Work(laion.make, laion.write_lists, laion.convert, check.check, get))
 
 
-def _ui(words: list[str]) -> int:
-    from core.cli import parse
-    from core.verbs.flags import UiFlags
-
-    if _wants_help(words):
-        return _help(words, "ui", UiFlags())
-    (flags,) = parse(words, UiFlags())
-    from core.verbs.ui import serve
-
-    return serve(flags)
-
-
 def _sync(words: list[str]) -> int:
     from core.cli import parse
     from core.verbs.flags import StoreFlags
@@ -323,16 +318,19 @@ def _sync(words: list[str]) -> int:
     return sync(where, flags.store)
 
 
-def _doctor(words: list[str]) -> int:
+def _of_flags(verb: str, kind: str, function: str, words: list[str]) -> int:
+    """A verb that takes flags alone, all of one class: a function of its module gets them."""
+    from importlib import import_module
+
     from core.cli import parse
-    from core.verbs.flags import DoctorFlags
+    from core.verbs import flags
 
+    none: Slot = getattr(flags, kind)()
     if _wants_help(words):
-        return _help(words, "doctor", DoctorFlags())
-    (flags,) = parse(words, DoctorFlags())
-    from core.verbs.doctor import doctor
-
-    return doctor(flags)
+        return _help(words, verb, none)
+    (given,) = parse(words, none)
+    code: int = getattr(import_module(f"core.verbs.{verb}"), function)(given)
+    return code
 
 
 DO: dict[str, Callable[[list[str]], int]] = {
@@ -348,8 +346,10 @@ DO: dict[str, Callable[[list[str]], int]] = {
     "weights": _weights,
     "data": _data,
     "sync": _sync,
-    "doctor": _doctor,
-    "ui": _ui,
+    "runs": functools.partial(_of_flags, "runs", "RunsFlags", "runs"),
+    "promote": _promote,
+    "doctor": functools.partial(_of_flags, "doctor", "DoctorFlags", "doctor"),
+    "ui": functools.partial(_of_flags, "ui", "UiFlags", "serve"),
 }
 
 

@@ -69,12 +69,38 @@ class Slot:
         raise SlotError(f"{type(self).__name__}.{field} = {getattr(self, field)!r}: {why}")
 
     def but(self, **changes: Any) -> Self:
-        """This slot with some fields changed. An unknown field is an error that names the nearest one."""
-        for name in changes:
+        """This slot with some fields changed, also deeper ones: `but(lr=1.0)`, `but(**{"objective.loss": "mse"})`.
+
+        An unknown field is an error that names the nearest one.
+        """
+        whole, deep = {}, dict[str, dict[str, Any]]()
+        for path, value in changes.items():
+            name, _, rest = path.partition(".")
             if name not in field_types(type(self)):
                 raise unknown_field(type(self), name)
-        made = dataclasses.replace(self, **changes)  # type: ignore[type-var]  # every Slot is a dataclass
+            if rest:
+                deep.setdefault(name, {})[rest] = value
+            else:
+                whole[name] = value
+        for name, inner in deep.items():
+            whole[name] = _changed(whole.get(name, getattr(self, name)), inner, f"{type(self).__name__}.{name}")
+        made = dataclasses.replace(self, **whole)  # type: ignore[type-var]  # every Slot is a dataclass
         return named_like(self, made)
+
+
+def _changed(value: Any, changes: dict[str, Any], where: str) -> Any:
+    """A slot, or a tuple of slots whose items have numbers, with changes by dotted path."""
+    if isinstance(value, Slot):
+        return value.but(**changes)
+    if not isinstance(value, tuple) or not all(isinstance(item, Slot) for item in value):
+        raise SlotError(f"{where} = {value!r} holds no slot, so it has no field {next(iter(changes))!r}")
+    items: dict[int, dict[str, Any]] = {}
+    for path, new in changes.items():
+        number, _, rest = path.partition(".")
+        if not number.isdecimal() or int(number) >= len(value) or not rest:
+            raise SlotError(f"{where} has {len(value)} parts: {path!r} is no field of one, as '0.name' is")
+        items.setdefault(int(number), {})[rest] = new
+    return tuple(item.but(**items.get(i, {})) for i, item in enumerate(value))
 
 
 S = typing.TypeVar("S", bound=Slot)

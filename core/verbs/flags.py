@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from core.errors import UserError
 from core.slots.launch import REPO
 from core.slots.sampler import DDIM, Sampler
 from core.slots.slot import Slot
@@ -17,6 +18,23 @@ def value_of(flag: str, words: Sequence[str]) -> str | None:
     from core.cli import read_flags
 
     return next((" ".join(found.values) for found in read_flags(words) if found.path == flag), None)
+
+
+def taken(words: list[str], flag: str) -> str | None:
+    """The value of `flag`, which is taken out of the words with it; None where it is not there. For the verbs that
+    answer without tyro. Raises UserError for a flag without a value, or given twice.
+    """
+    places = [i for i, word in enumerate(words) if word == flag or word.startswith(f"{flag}=")]
+    if len(places) > 1:
+        raise UserError(f"{flag} is given twice")
+    if not places:
+        return None
+    _, attached, value = words.pop(places[0]).partition("=")
+    if attached:
+        return value
+    if places[0] == len(words) or words[places[0]].startswith("--"):
+        raise UserError(f"{flag} takes one value, got none")
+    return words.pop(places[0])
 
 
 class VerbFlags(Slot):
@@ -180,6 +198,23 @@ class StoreFlags(VerbFlags):
 
     store: str | None = None
     """MLflow tracking URI. Default: $MLFLOW_TRACKING_URI, else sqlite:///runs/mlflow.db."""
+
+
+class RunsFlags(StoreFlags):
+    """Flags of `runs`."""
+
+    recipe: str | None = None
+    """Only runs of the recipe of this name."""
+    limit: int = 30
+    """Runs at most, the newest first."""
+    json: bool = False
+    """Print a list of objects instead of a table."""
+
+    def check(self) -> None:
+        if not 1 <= self.limit <= 1000:
+            self.refuse("limit", "must be between 1 and 1000")
+        if self.recipe is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", self.recipe):
+            self.refuse("recipe", "expected the name of a recipe: lower-case letters, digits, dots and dashes")
 
 
 class DoctorFlags(StoreFlags):

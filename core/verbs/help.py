@@ -25,20 +25,32 @@ OVERRIDES = (
 A_RUN = "a run: its MLflow id or its output directory"
 
 VERBS = {
-    "list": Verb("[--json]", "nothing", "List all recipes.", "python -m registry list"),
+    "list": Verb(
+        "[WORD …] [--tag KEY[=VALUE] …] [--where CONDITION …] [--json]",
+        "nothing",
+        "List all recipes, or those for which all holds that is given. Exit code 1 when there is none.\n"
+        "A word stands in the name or in the docstring. --tag is a tag of tracking.tags, or experiment=NAME. --where\n"
+        "is a field, one of < <= > >= = != and a value, in quotes; a recipe without the field is left out.",
+        "python -m registry list sky --tag experiment=lvdm --where 'optim.lr<1e-4'",
+    ),
     "show": Verb(
-        "NAME [overrides] [--json]",
+        "NAME [overrides] [--json | --origin [--json]]",
         "the name of a recipe",
         "Show a recipe with every field; --json: as the recipe.json of a run.\n"
+        "--origin: where each field is set, as class and file:line.\n"
         f"{OVERRIDES}\n`show NAME --help` lists the flags of that recipe.",
         "python -m registry show lvdm-short-sky --lr 6e-5",
     ),
     "diff": Verb(
-        "A B [--json] [--store URI]",
-        "two sides, each a recipe, a recipe in quotes with overrides, a recipe.json, an output directory or run:<id>",
+        "A B [--json | --as flags | --as recipe [--name NAME]] [--store URI]",
+        "two sides, each a recipe, a recipe in quotes with overrides, NAME@REVISION, a recipe.json, an output "
+        "directory or run:<id>",
         "Show the fields that differ between two recipes. Exit code 0 when none does, 1 when some do.\n"
-        "A side is a name, a name with overrides in quotes, a recipe.json, the output directory of a run, or\n"
-        "run:<MLflow run id>.",
+        "A side is a name, a name with overrides in quotes, a recipe.json, the output directory of a run,\n"
+        "run:<MLflow run id>, or NAME@REVISION: the recipe as it stood at a commit of this project's git, which\n"
+        "another process reads. --as flags prints the shortest flags that turn A into B; --as recipe the child of\n"
+        "the recipe that A is called after, with the fields of B. On a terminal red is what only A has, green what\n"
+        "only B has.",
         'python -m registry diff lvdm-short-sky "lvdm-short-sky --lr 6e-5"',
     ),
     "run": Verb(
@@ -128,6 +140,20 @@ VERBS = {
         "A server that was down or slow has gaps; the run's journal has none. Without a run: all under ./runs.\n"
         "Doing it twice changes nothing; another --store gets a copy. Exit code 1 when something is left.",
         "python -m registry sync runs/first",
+    ),
+    "runs": Verb(
+        "[--recipe NAME] [--limit N] [--json] [--store URI]",
+        "nothing",
+        "List the runs of the MLflow store, the newest first; the last column is recipe.delta.\n"
+        "It is the shortest flags from the registered recipe to what the run trained, a tag of the run in MLflow too.",
+        "python -m registry runs --recipe lvdm-short-sky-tiny",
+    ),
+    "promote": Verb(
+        "RUN --as NAME [--store URI]",
+        A_RUN,
+        "Make a recipe of what a run trained: a child of its recipe, in a file of its own in recipes/.\n"
+        "The class says only what is different, formatted, and is imported at once.",
+        "python -m registry promote runs/first --as lvdm-short-sky-longer",
     ),
     "doctor": Verb(
         "[--fix] [--store URI]",

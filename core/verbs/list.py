@@ -24,11 +24,15 @@ def summaries(recipes: Iterable[Recipe]) -> list[dict[str, str]]:
     ]
 
 
-def print_list(recipes: Iterable[Recipe], as_json: bool = False) -> None:
-    """Print the table, or with `as_json` a list of objects."""
+def print_list(recipes: Iterable[Recipe], as_json: bool = False) -> int:
+    """Print the table, or with `as_json` a list of objects. Returns 1 where there is none, else 0."""
     rows = summaries(recipes)
     if as_json:
         print(json.dumps(rows, indent=2))
-        return
+        return int(not rows)
+    if not rows:
+        print("no recipe is like that")
+        return 1
     head, *lines = columns([HEAD, *(tuple(row.values()) for row in rows)])
     emit([(head, "bold"), *((line, "") for line in lines)])
+    return 0

@@ -16,9 +16,15 @@ def text(recipe: Recipe) -> str:
     return "\n".join(line for line, _ in _lines(recipe)) + "\n"
 
 
-def print_recipe(recipe: Recipe, as_json: bool = False) -> None:
-    """Print the recipe as an indented tree of slots, or with `as_json` as the `recipe.json` of a run."""
-    if as_json:
+def print_recipe(recipe: Recipe, as_json: bool = False, origin: bool = False) -> None:
+    """Print the recipe as an indented tree of slots, or with `as_json` as the `recipe.json` of a run; with `origin`
+    every field with the place where it is set.
+    """
+    if origin:
+        from core.verbs.origin import print_origins
+
+        print_origins(recipe, as_json)
+    elif as_json:
         print(dump(recipe), end="")
     else:
         emit(_lines(recipe))
@@ -32,14 +38,14 @@ def _lines(recipe: Recipe) -> Iterator[Line]:
     yield "", ""
     yield f"class  {type(recipe).__module__}.{type(recipe).__qualname__}", ""
     yield f"hash   {recipe_hash(recipe)[:16]}  (of everything but name and tracking)", ""
-    leaves = _tree(recipe)
-    for (path, _), line in zip(leaves, columns((_label(path), value) for path, value in leaves), strict=True):
+    leaves = tree(recipe)
+    for (path, _), line in zip(leaves, columns((label(path), value) for path, value in leaves), strict=True):
         if "." not in path:
             yield "", ""
         yield line, "" if "." in path else "bold"
 
 
-def _tree(recipe: Recipe) -> list[tuple[str, str]]:
+def tree(recipe: Recipe) -> list[tuple[str, str]]:
     """Dotted path and shown value, every slot before what is in it."""
     leaves = flatten(recipe)
     order = {path: i for i, path in enumerate(leaves)}
@@ -47,5 +53,6 @@ def _tree(recipe: Recipe) -> list[tuple[str, str]]:
     return [(path, show_value(leaves[path])) for path in sorted(leaves, key=lambda p: (parents[p], p.count(".")))]
 
 
-def _label(path: str) -> str:
+def label(path: str) -> str:
+    """The last part of a path, indented by its depth."""
     return "  " * path.count(".") + path.rpartition(".")[2]

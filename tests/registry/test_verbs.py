@@ -38,6 +38,35 @@ def test_list_has_a_line_for_each_recipe(capsys):
     assert len({line.index("FrameFolders") for line in lines if "FrameFolders" in line}) == 1, "columns are not aligned"
 
 
+def listed(capsys, *words: str) -> list[str]:
+    code = registry.main(["list", "--json", *words])
+    names = [row["name"] for row in json.loads(capsys.readouterr().out)]
+    assert code == (not names)
+    return names
+
+
+def test_list_shows_what_all_words_tags_and_conditions_hold_for(capsys):
+    every = [registry.get(name) for name in registry.names()]
+    assert SKY in listed(capsys, "SKY", "unconditional") and "kl-vae" not in listed(capsys, "sky", "unconditional")
+    assert listed(capsys, "no such words") == []
+    assert listed(capsys, "--tag", "experiment") == registry.names()
+    filed = [r.name for r in every if r.tracking.experiment == "lvdm"]
+    assert listed(capsys, "--tag=experiment=lvdm") == filed and SKY in filed and filed != registry.names()
+    assert listed(capsys, "--tag", "experiment=lv") == []
+    slow = [r.name for r in every if r.optim.lr < 1e-4]
+    assert listed(capsys, "--where", "optim.lr<1e-4") == slow and SKY in slow and slow != registry.names()
+    assert listed(capsys, "--where", "optim.lr >= 1e-4") == [n for n in registry.names() if n not in slow]
+    with_loss = [r.name for r in every if hasattr(r.system, "objective") and r.system.objective.loss == "l1"]
+    assert listed(capsys, "--where", "system.objective.loss=l1") == with_loss and SKY in with_loss
+    assert listed(capsys, "tiny", "--where", "system.objective.loss=l1") == [n for n in with_loss if "tiny" in n]
+    assert listed(capsys, "--where", "optim.ema=None") == [r.name for r in every if r.optim.ema is None]
+
+
+def test_list_says_when_there_is_none(capsys):
+    assert registry.main(["list", "no such words"]) == 1
+    assert capsys.readouterr().out == "no recipe is like that\n"
+
+
 def test_list_and_show_as_json_are_whole(capsys):
     registry.main(["list", "--json"])
     assert [row["name"] for row in json.loads(capsys.readouterr().out)] == registry.names()
@@ -120,7 +149,10 @@ MISTAKES = [
     (["show", SKY, "--lr", "x"], "--lr x: expected a number"),
     (["show", SKY, "--jsn"], "unknown flag --jsn (did you mean '--json'?)"),
     (["list", "--jsn"], "unknown flag --jsn (did you mean '--json'?)"),
-    (["list", "more"], "unexpected word 'more'"),
+    (["list", "--where", "optim.lrr<1"], "no recipe has a field 'optim.lrr' (did you mean 'optim.lr'?)"),
+    (["list", "--where", "optim.lr"], "--where optim.lr: expected FIELD and <"),
+    (["list", "--where=data.root<x"], "< compares numbers, and 'x' is none"),
+    (["list", "--tag"], "--tag takes one value, got none"),
     (["diff", SKY], "diff needs two sides"),
     (["diff", SKY, "/no/such/file"], "/no/such/file does not exist"),
     (["diff", SKY, "n" * 300], "no recipe is called"),
