@@ -58,11 +58,12 @@ def _is_scaler(value: Any) -> bool:
 
 
 def _is_window(value: Any) -> bool:
-    if not isinstance(value, dict) or value.keys() != vars(Window()).keys():
+    if not isinstance(value, dict) or value.keys() | {"samples"} != vars(Window()).keys():
         return False
     counts, seconds, sums = ("updates", "skipped", "counted"), ("seconds", "data_s"), value["sums"]
     return (
         all(_is_count(value[name]) for name in counts)
+        and _is_count(value.get("samples", 0))
         and all(_is_number(value[name]) for name in seconds)
         and isinstance(sums, dict)
         and all(type(number) in (int, float) for number in sums.values())

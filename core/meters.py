@@ -14,7 +14,7 @@ class Window:
 
     def __init__(self) -> None:
         self.updates, self.seconds, self.data_s, self.skipped = 0, 0.0, 0.0, 0
-        self.samples = 0
+        self.samples = 0  # not in the oldest checkpoints
         self.sums: dict[str, float] = {}
         self.counted = 0
 

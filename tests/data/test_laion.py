@@ -109,7 +109,7 @@ def _two(seed: int):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["make"], "data needs make, list, convert or check, and what"),
+        (["make"], "data needs make, list, convert, check, plan or cache, and what"),
         (["mak", "laion"], "data mak: unknown (did you mean 'make'?)"),
         (["make", "lion", "--out", "x"], "only laion can be made and listed (did you mean 'laion'?)"),
         (["make", "laion"], "--out DIR says where the parts go"),

@@ -38,14 +38,25 @@ NAMES = {
 }
 
 
+class Finished(dict):
+    """A finished run of each twin that is asked for."""
+
+    def __init__(self, sky, folder, store):
+        self.sky, self.folder, self.store = sky, folder, store
+
+    def __missing__(self, name):
+        more = "--validation.every 3 --validation.sample-every 3 --checkpoint.every 2 --checkpoint.keep 2"
+        self[name] = run_here(short(name, self.sky, more), self.folder / name, self.store)
+        return self[name]
+
+
 @pytest.fixture(scope="module")
 def finished(sky, _migrated_store, tmp_path_factory):
-    """One finished run of each twin, with the URI of its store."""
+    """One finished run of each twin, with the URI of their store."""
     folder = tmp_path_factory.mktemp("finished")
     shutil.copy(_migrated_store, folder / "mlflow.db")
     store = f"sqlite:///{folder}/mlflow.db"
-    more = "--validation.every 3 --validation.sample-every 3 --checkpoint.every 2 --checkpoint.keep 2"
-    return {name: run_here(short(name, sky, more), folder / name, store) for name in TWINS}, store
+    return Finished(sky, folder, store), store
 
 
 @pytest.mark.parametrize("name", TWINS)

@@ -8,7 +8,6 @@ from diffusers import AutoencoderKL
 from torch.testing import assert_close
 
 from core.errors import UserError
-from core.models import frame_vae
 from core.slots import FrameVAE
 from core.weights.folder import write_folder
 
@@ -69,14 +68,14 @@ def test_an_image_is_a_clip_of_one_frame(tiny):
 
 @pytest.mark.parametrize(("grad", "seen"), [(False, [5, 5, 2]), (True, [12])])
 def test_frames_go_through_a_few_at_a_time_unless_a_gradient_is_wanted(tiny, monkeypatch, grad, seen):
-    monkeypatch.setattr(frame_vae, "FRAMES", 5)
+    monkeypatch.setattr(tiny, "frames_at_a_time", 5)
     counts: list[int] = []
     tiny.encoder.register_forward_pre_hook(lambda module, args: counts.append(len(args[0])))
     video = _noise(2, 3, 6, 16, 16)
     with torch.set_grad_enabled(grad):
         mean = tiny.encode(video).mean
     assert counts == seen
-    monkeypatch.setattr(frame_vae, "FRAMES", 100)
+    monkeypatch.setattr(tiny, "frames_at_a_time", 100)
     with torch.no_grad():
         assert_close(tiny.encode(video).mean, mean, rtol=0, atol=1e-5)
 

@@ -83,8 +83,8 @@ class Recorded(Draw):
         found = self.case.inputs[NAMES[name]]
         return rearrange(found, "(b t) c h w -> b c t h w", b=2) if found.dim() == 4 else found
 
-    def integers(self, high, name):
-        return self.case.inputs["timestep"]
+    def stratified(self, strata, name):
+        return (self.case.inputs["timestep"] + 0.5) / 1000
 
 
 def _batch(case):
