@@ -298,18 +298,6 @@ def _data(words: list[str]) -> int:
     return verb.data(words, verb.Work(laion.make, laion.write_lists, laion.convert, check.check, get))
 
 
-def _ui(words: list[str]) -> int:
-    from core.cli import parse
-    from core.verbs.flags import UiFlags
-
-    if _wants_help(words):
-        return _help(words, "ui", UiFlags())
-    (flags,) = parse(words, UiFlags())
-    from core.verbs.ui import serve
-
-    return serve(flags)
-
-
 def _sync(words: list[str]) -> int:
     from core.cli import parse
     from core.verbs.flags import StoreFlags
@@ -323,16 +311,24 @@ def _sync(words: list[str]) -> int:
     return sync(where, flags.store)
 
 
-def _doctor(words: list[str]) -> int:
-    from core.cli import parse
-    from core.verbs.flags import DoctorFlags
+def _plain(verb: str) -> Callable[[list[str]], int]:
+    """A verb that takes flags and nothing before them."""
 
-    if _wants_help(words):
-        return _help(words, "doctor", DoctorFlags())
-    (flags,) = parse(words, DoctorFlags())
-    from core.verbs.doctor import doctor
+    def do(words: list[str]) -> int:
+        from core.verbs.plain import plain
 
-    return doctor(flags)
+        return plain(verb, words)
+
+    return do
+
+
+def _translate(words: list[str]) -> int:
+    if words[:1] in (["--help"], ["-h"]):
+        return _help(words, "translate")
+    _first(words, "translate")
+    from core.verbs.translate import translate
+
+    return translate(words, get)
 
 
 DO: dict[str, Callable[[list[str]], int]] = {
@@ -348,8 +344,9 @@ DO: dict[str, Callable[[list[str]], int]] = {
     "weights": _weights,
     "data": _data,
     "sync": _sync,
-    "doctor": _doctor,
-    "ui": _ui,
+    "doctor": _plain("doctor"),
+    "ui": _plain("ui"),
+    "translate": _translate,
 }
 
 
