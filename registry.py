@@ -212,26 +212,15 @@ def _resume(words: list[str]) -> int:
     return resume(where, words[1:], value_of("store", words[1:]))
 
 
-def _sample(words: list[str]) -> int:
-    from core.verbs.flags import SampleFlags
-
-    return _generate(words, "sample", SampleFlags())
-
-
-def _eval(words: list[str]) -> int:
-    from core.verbs.flags import EvalFlags
-
-    return _generate(words, "eval", EvalFlags())
-
-
-def _generate(words: list[str], verb: str, flags: Any) -> int:
+def _generate(verb: str, kind: str, words: list[str]) -> int:
     """A verb that makes clips from a source, on one process or several, and prints the folder that they are in."""
     from importlib import import_module
 
     from core.cli import parse
     from core.errors import UserError
-    from core.verbs.flags import value_of
+    from core.verbs import flags as kinds
 
+    flags, value_of = getattr(kinds, kind)(), kinds.value_of
     if _wants_help(words):
         return _help(words, verb, flags)
     (where,) = _first(words, verb)
@@ -333,6 +322,15 @@ def _of_flags(verb: str, kind: str, function: str, words: list[str]) -> int:
     return code
 
 
+def _translate(words: list[str]) -> int:
+    if words[:1] in (["--help"], ["-h"]):
+        return _help(words, "translate")
+    _first(words, "translate")
+    from core.verbs.translate import translate
+
+    return translate(words, get)
+
+
 DO: dict[str, Callable[[list[str]], int]] = {
     "list": _list,
     "show": _show,
@@ -340,8 +338,8 @@ DO: dict[str, Callable[[list[str]], int]] = {
     "run": _run,
     "launch": _launch,
     "resume": _resume,
-    "sample": _sample,
-    "eval": _eval,
+    "sample": functools.partial(_generate, "sample", "SampleFlags"),
+    "eval": functools.partial(_generate, "eval", "EvalFlags"),
     "measure-latents": _measure,
     "weights": _weights,
     "data": _data,
@@ -350,6 +348,7 @@ DO: dict[str, Callable[[list[str]], int]] = {
     "promote": _promote,
     "doctor": functools.partial(_of_flags, "doctor", "DoctorFlags", "doctor"),
     "ui": functools.partial(_of_flags, "ui", "UiFlags", "serve"),
+    "translate": _translate,
 }
 
 

@@ -156,6 +156,7 @@ def _parse(verb: str, what: str = "", *flags: str) -> None:
     from core.verbs.data import read as read_data
     from core.verbs.flags import DoctorFlags, EvalFlags, MeasureFlags, SampleFlags, StoreFlags, UiFlags
     from core.verbs.launch import launch as launch_job
+    from core.verbs.translate import translate
     from core.verbs.weights_words import read as read_weights
     from registry import get
 
@@ -183,6 +184,10 @@ def _parse(verb: str, what: str = "", *flags: str) -> None:
             read_data([what, *flags])
         case "diff":
             parse(flags[1:], StoreFlags())
+        case "translate" if what.endswith(".sh"):
+            pass  # a script of the reader's
+        case "translate":
+            assert translate([what, *flags], get) == 0
         case "sync":
             parse(flags, StoreFlags())
         case "doctor":

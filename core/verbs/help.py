@@ -169,6 +169,17 @@ VERBS = {
         "Open MLflow's web page over the store of the runs.",
         "python -m registry ui",
     ),
+    "translate": Verb(
+        "SCRIPT | 'COMMAND' | COMMAND …",
+        "a script, or a command in quotes",
+        "Say a command line of the original systems in ours, flag by flag.\n"
+        "The systems are LVDM and LDM of PaddleMIX, and AnimateDiff of ms-swift: training, samples, evaluation,\n"
+        "conversion, viewer and launchers. What is printed is a shell script: our commands, and before each in\n"
+        "comments what is mapped, implied, no longer needed and why, added (what a program does without a flag) and\n"
+        "unknown.\n"
+        "Nothing of what is given is executed. Exit code 1 when something is unknown, or a command would be refused.",
+        "python -m registry translate 'python -u train_lvdm_short.py --learning_rate 6e-5 --output_dir out'",
+    ),
 }
 
 
