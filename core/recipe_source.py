@@ -10,6 +10,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Iterable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -150,12 +151,19 @@ def _written(value: Any, names: Names) -> Code:
         names.setdefault("pathlib", set()).add("Path")
         return f"Path({'' if value == Path() else _text(value.as_posix())})"
     if isinstance(value, float):
-        return re.sub(r"e([-+])0*", lambda e: "e" + e[1].strip("+"), repr(value))
+        return _number(value)
     return _text(value) if isinstance(value, str) else repr(value)
 
 
 def _same(a: Any, b: Any) -> bool:
     return type(a) is type(b) and bool(a == b) and flatten(a) == flatten(b)
+
+
+def _number(value: float) -> str:
+    """`1e-4` rather than `0.0001`, and without the zeros of `1e-05`."""
+    code = re.sub(r"e([-+])0*", lambda e: "e" + e[1].strip("+"), repr(value))
+    small = f"{Decimal(repr(value)).normalize():e}" if 0 < abs(value) < 1e-2 else code
+    return min(code, small, key=len)
 
 
 def _text(value: str) -> str:

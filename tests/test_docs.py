@@ -139,7 +139,7 @@ def _try_command(words: list[str]) -> None:
     cheap = (
         not words or words[0] in ("list", "show", "--help", "-h", "--version") or {"--help", "--dry-run"} & set(words)
     )
-    if cheap or (words[0] == "diff" and not any(re.search(r"^run:|^[^ ]*[/.]", side) for side in words[1:3])):
+    if cheap or (words[0] == "diff" and not any(re.search(r"^run:|^[^ ]*[/.@]", side) for side in words[1:3])):
         said = io.StringIO()
         with contextlib.redirect_stderr(said):
             code = registry.main(words)
@@ -151,10 +151,11 @@ def _try_command(words: list[str]) -> None:
 def _parse(verb: str, what: str = "", *flags: str) -> None:
     from core.build import check_batch
     from core.cli import parse
+    from core.recipe_source import refuse_name
     from core.slots import Launch
     from core.verbs.data import FLAGS as DATA
     from core.verbs.data import read as read_data
-    from core.verbs.flags import DoctorFlags, EvalFlags, MeasureFlags, SampleFlags, StoreFlags, UiFlags
+    from core.verbs.flags import DoctorFlags, EvalFlags, MeasureFlags, RunsFlags, SampleFlags, StoreFlags, UiFlags
     from core.verbs.launch import launch as launch_job
     from core.verbs.translate import translate
     from core.verbs.weights_words import read as read_weights
@@ -190,6 +191,10 @@ def _parse(verb: str, what: str = "", *flags: str) -> None:
             assert translate([what, *flags], get) == 0
         case "sync":
             parse(flags, StoreFlags())
+        case "runs":
+            parse([what, *flags] if what else [], RunsFlags())
+        case "promote":
+            refuse_name(flags[flags.index("--as") + 1])
         case "doctor":
             parse([what, *flags] if what else [], DoctorFlags())
         case "ui":

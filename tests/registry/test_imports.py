@@ -74,6 +74,12 @@ def modules_after(code: str) -> set[str]:
         ("import registry; registry.main(['list'])", HEAVY | {"tyro", "rich"}),
         ("import registry; registry.main(['show', 'lvdm-short-sky'])", HEAVY | {"tyro", "rich"}),
         ("import registry; registry.main(['diff', 'lvdm-short-sky', 'lvdm-short-sky-tiny'])", HEAVY | {"tyro", "rich"}),
+        (
+            "import registry; registry.main(['diff', 'lvdm-short-sky', 'lvdm-video-vae', '--as', 'recipe'])",
+            HEAVY | {"tyro", "rich"},
+        ),
+        ("import registry; registry.main(['show', 'lvdm-short-sky', '--origin'])", HEAVY | {"tyro", "rich"}),
+        ("import registry; registry.main(['list', 'sky', '--where', 'optim.lr<1'])", HEAVY | {"tyro", "rich"}),
         ("import registry; registry.main(['run', 'lvdm-short-sky', '--help'])", HEAVY),
         ("import registry; registry.main(['weights', 'import', 'x', '--too', 'y'])", HEAVY),
         ("import registry; registry.main(['weights', 'export', '--help'])", HEAVY),
