@@ -226,5 +226,6 @@ def _lay(code: Code, indent: int, used: int, after: int) -> str:
     deep = indent + 4
     if code.opens[:-1] and deep + len(_inside(code)) <= WIDTH:
         return f"{code.opens}\n{' ' * deep}{_inside(code)}\n{' ' * indent}{code.closes}"
-    rows = [f"{' ' * deep}{before}{_lay(item, deep, deep + len(before), 1)},\n" for before, item in code.items]
+    comma = "" if [before for before, _ in code.items] == ["**"] else ","
+    rows = [f"{' ' * deep}{before}{_lay(item, deep, deep + len(before), 1)}{comma}\n" for before, item in code.items]
     return f"{code.opens}\n{''.join(rows)}{' ' * indent}{code.closes}"

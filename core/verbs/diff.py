@@ -106,12 +106,7 @@ def apply(found: list[Difference], a: Recipe) -> Recipe:
 
     `apply(differences(a, b), a)` has the fields of b. Raises SlotError where the fields do not go together.
     """
-    leaves = flatten(a)
-    for path, sides in found:
-        if "b" in sides:
-            leaves[path] = sides["b"]
-        else:
-            leaves.pop(path, None)
+    leaves = flatten(a) | {path: sides["b"] for path, sides in found if "b" in sides}
     return named_like(a, cast(Recipe, _made(type(a), leaves, "")))
 
 
