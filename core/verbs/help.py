@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from textwrap import fill
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -186,8 +187,11 @@ VERBS = {
 def overview() -> str:
     """The help of the whole command."""
     width = max(map(len, VERBS))
-    first = {name: verb.about.partition(".")[0].partition(";")[0] for name, verb in VERBS.items()}
-    verbs = "\n".join(f"  {name:<{width}}  {about}" for name, about in first.items())
+    first = {name: " ".join(verb.about.split()).partition(". ")[0].rstrip(".") for name, verb in VERBS.items()}
+    verbs = "\n".join(
+        fill(about, 110, initial_indent=f"  {name:<{width}}  ", subsequent_indent=" " * (width + 4))
+        for name, about in first.items()
+    )
     return f"""\
 usage: python -m registry VERB …
 
