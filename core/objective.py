@@ -78,6 +78,11 @@ class NoiseSchedule:
         """abar / (1 - abar) (T,) float64 (arXiv 2107.00630, equation 1 with alpha^2 = abar)."""
         return self.alphas_cumprod / (1.0 - self.alphas_cumprod)
 
+    @property
+    def last(self) -> int:
+        """The timestep of most noise."""
+        return len(self) - 1
+
     def times(self, u: Tensor) -> Tensor:
         """Timesteps (B,) int64 at quantiles u (B,) in [0, 1]."""
         return (u * len(self)).long().clamp_(max=len(self) - 1)
@@ -145,6 +150,11 @@ class FlowSchedule:
         self.steps, self.density, self.mean, self.std, self.shift = num_train_timesteps, density, mean, std, shift
 
     def __len__(self) -> int:
+        return self.steps
+
+    @property
+    def last(self) -> int:
+        """The timestep of pure noise."""
         return self.steps
 
     def times(self, u: Tensor) -> Tensor:

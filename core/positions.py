@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -91,16 +91,12 @@ class Plan:
 
 
 class Bucketed(Plan):
-    """The stream of a dataset of many shapes: which samples make an update, and how many a rank holds at a time, is the
-    dataset's to say. Raises UserError where an update cannot be shared by `ranks`.
+    """The stream of a dataset of many shapes: which samples make an update, and how many of a cost a rank holds at a
+    time (`micro`), is the dataset's to say. Raises UserError where an update cannot be shared by `ranks`.
     """
 
-    def __init__(
-        self, dataset: Any, seed: int, global_batch: int, micro_batch: int, ranks: int, memory: int | None
-    ) -> None:
-        super().__init__(dataset, seed, global_batch, micro_batch)
-        self.updates = dataset.updates(seed, global_batch)
-        self._micro = dataset.micro(micro_batch, memory)
+    def __init__(self, updates: Any, micro: Callable[[float], int], ranks: int) -> None:
+        self.updates, self._micro = updates, micro
         odd = next((int(size) for size in self.updates.sizes if size % ranks), None)
         if odd is not None:
             raise UserError(
@@ -124,5 +120,6 @@ class Bucketed(Plan):
 def plan_of(dataset: Any, loop: Loop, ranks: int, memory: int | None) -> Plan:
     """The stream of a dataset for `ranks` data ranks. `memory`: bytes of a rank's device, None where unknown."""
     if hasattr(dataset, "updates"):
-        return Bucketed(dataset, loop.seed, loop.global_batch, loop.micro_batch, ranks, memory)
+        updates = dataset.updates(loop.seed, loop.global_batch)
+        return Bucketed(updates, dataset.micro(loop.micro_batch, memory), ranks)
     return Plan(dataset, loop.seed, loop.global_batch, loop.micro_batch)

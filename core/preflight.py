@@ -66,7 +66,7 @@ def preflight(recipe: Recipe, launch: Launch = Launch(), here: bool = True) -> N
     if here and launch.push_to_hub != "none" and os.environ.get("RANK", "0") == "0":
         ready("--push-to-hub")
     _refuse_words_for_the_deaf(recipe)
-    _refuse_batches_of_many_shapes(recipe, launch)
+    _refuse_batches_of_many_shapes(recipe)
     missing = [
         *_missing_weights(recipe, launch),
         *_missing_tokenizers(recipe),
@@ -82,11 +82,9 @@ def preflight(recipe: Recipe, launch: Launch = Launch(), here: bool = True) -> N
         )
 
 
-def _refuse_batches_of_many_shapes(recipe: Recipe, launch: Launch) -> None:
-    """Held-out samples of many shapes come one by one, and have no Fréchet distance; a cache has one shape."""
+def _refuse_batches_of_many_shapes(recipe: Recipe) -> None:
+    """Held-out samples of many shapes come one by one, and have no Fréchet distance."""
     validation = recipe.validation
-    if launch.cache and recipe.data.many_shapes:
-        raise UserError(f"--cache: {type(recipe.data).__name__} has samples of many shapes, of which there is no cache")
     if not recipe.validation_data.many_shapes:
         return
     kind = type(recipe.validation_data).__name__

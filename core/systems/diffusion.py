@@ -201,7 +201,7 @@ class DiffusionSystem(System):
     ) -> Tensor:
         """Latents after the rounds of FreeInit."""
         assert sampler.free_init is not None
-        last = torch.full((len(noise),), self.slot.objective.num_train_timesteps - 1, device=noise.device)
+        last = torch.full((len(noise),), self.schedule.last, device=noise.device)
         return rounds(
             sampler.free_init,
             noise,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
@@ -93,18 +93,6 @@ class Updates:
         if self.carries:
             return int(self.sizes.max()) + 2
         return 2 if self.data.fixed else IDLE
-
-    def rank(self, rank: int, ranks: int, start: Position, updates: int, micro: Micro) -> Iterator[list[Key]]:
-        """Micro-batches of one rank from `start` on: micro-batch a of rank r holds the places from
-        (a · ranks + r) · m on, m = micro(cost of a sample), or what divides the share.
-        """
-        position = start
-        for _ in range(updates):
-            keys, position = self.update(position)
-            size = self.micro_batch(keys, ranks, micro)
-            for a in range(len(keys) // (size * ranks)):
-                first = (a * ranks + rank) * size
-                yield keys[first : first + size]
 
     def micro_batch(self, keys: Sequence[Key], ranks: int, micro: Micro) -> int:
         """Samples that a rank holds at a time in this update: what `micro` allows, cut to a divisor of its share."""

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from core.errors import UserError
 from core.hashing import mix64_array
+from core.positions import START, Bucketed
 from data.plan.updates import Updates, costs, micro_of, update_sizes
 from data.slots import Buckets
 
@@ -103,7 +104,8 @@ def test_ranks_share_an_update_without_overlap_and_hold_one_shape_each_time(coun
     data = Set(counts)
     found = made(data, groups * 8, multiple=8)
     micro = micro_of(Buckets(rank_budget=held * 40), 1)
-    of_rank = [list(found.rank(rank, ranks, (0, 0), 6, micro)) for rank in range(ranks)]
+    plan = Bucketed(found, micro, ranks)
+    of_rank = [list(plan.rank(rank, ranks, START, 6)) for rank in range(ranks)]
     assert len({len(batches) for batches in of_rank}) == 1  # equal steps
     for together in zip(*of_rank, strict=True):
         assert len({(len(keys), found.bucket_of(keys)) for keys in together}) == 1

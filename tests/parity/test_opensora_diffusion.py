@@ -165,3 +165,8 @@ def test_sampling_starts_where_the_schedule_ends():
 def test_what_goes_ill_together_is_refused(wrong, why):
     with pytest.raises(UserError, match=why):
         Objective(**wrong)
+
+
+def test_the_last_timestep_of_a_flow_is_pure_noise():
+    schedule, x0, noise = FlowSchedule(), torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    assert torch.equal(schedule.add_noise(x0, noise, torch.full((2,), schedule.last)), noise)
